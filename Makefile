@@ -1,0 +1,67 @@
+# Short recipes; `make help` lists them. Two commands are enough on a new machine: `make run` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+COLAB := .venv-colab
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
+# two threads per process at most: tests, kernels and workers run beside each other
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test test-slow check unit nbval notebooks models bench soak install clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+run: .venv/.installed  ## execute the whole notebook suite headless into results/ and say what was found
+	$(BIN)/nbhelpers notebooks run --out results
+
+test: check unit nbval  ## everything that is quick: style, unit tests, notebook checks, nbval
+
+check: .venv/.installed  ## style only: formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+unit: .venv/.installed  ## unit tests without the slow tier
+	$(BIN)/python -m pytest -q -m "not slow and not soak"
+
+nbval: .venv/.installed  ## compare the committed notebooks with a fresh execution, cell by cell
+	$(if $(NOTEBOOKS),HF_HUB_OFFLINE=1 NBHELPERS_HEADLESS=1 $(BIN)/python -m pytest -q $(NBVAL) $(NOTEBOOKS),@echo "no notebooks yet")
+
+test-slow: .venv/.installed $(COLAB)/.installed  ## the slow tier, then the unit tests under Colab's versions
+	$(BIN)/python -m pytest -q -m "slow and not soak"
+	$(COLAB)/bin/python -m pytest -q -m "not slow and not soak"
+
+notebooks: .venv/.installed  ## execute the notebooks again and store them with their outputs
+	HF_HUB_OFFLINE=1 NBHELPERS_HEADLESS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=300 \
+	  --ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+
+models: .venv/.installed  ## train the bundled tiny models again
+	$(BIN)/python -m nbhelpers.pretrain
+
+bench: .venv/.installed  ## side-by-side measurements against peers, one after the other
+	@set -e; for file in benchmarks/[a-z]*.py; do [ -f "$$file" ] || { echo "no benchmarks yet"; break; }; \
+	  echo "== $$file"; $(BIN)/python "$$file"; done
+
+soak: .venv/.installed  ## long fault runs
+	@$(BIN)/python -m pytest -q -m soak || { rc=$$?; [ $$rc -eq 5 ] && echo "no soak runs defined yet" || exit $$rc; }
+
+install: .venv/.installed  ## only create .venv
+
+.venv/.installed: pyproject.toml constraints.txt nbhelpers/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[notebooks,quant,test,dev]' -c constraints.txt
+	@touch $@
+
+$(COLAB)/.installed: pyproject.toml constraints-colab.txt requirements-colab.txt
+	$(PYTHON) -m venv $(COLAB)
+	$(COLAB)/bin/pip install -q -e '.[quant,test]' -r requirements-colab.txt ipykernel ipywidgets -c constraints-colab.txt
+	@touch $@
+
+clean:  ## remove both environments, caches and results
+	rm -rf .venv .venv-colab results build dist *.egg-info .pytest_cache .ruff_cache

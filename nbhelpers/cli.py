@@ -1,0 +1,49 @@
+"""The command line: `nbhelpers COMMAND`. Only the command that is called is imported."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import typer
+
+# name -> (one line of help, function in commands.py); a two-word name is a command of a group
+COMMANDS = {
+    "env": ("what this machine has, and which models fit", "env"),
+    "perplexity": ("perplexity of a model on a text file", "perplexity"),
+    "prune-heads": ("close attention heads, fine-tune, and say what it cost", "prune_heads"),
+    "generate": ("let a model continue a text", "generate"),
+    "notebooks run": ("execute notebooks headless and collect what they found", "notebooks_run"),
+}
+GROUPS = {"notebooks": "the notebooks, headless"}
+NAME = "nbhelpers"
+
+
+def build(arguments: list[str]) -> typer.Typer:
+    """The app in which the command named by `arguments` is real and every other one a line of help."""
+    app = typer.Typer(
+        name=NAME, help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    groups = {name: typer.Typer(help=text, no_args_is_help=True) for name, text in GROUPS.items()}
+    app.callback()(lambda: None)
+    words = [word for word in arguments if not word.startswith("-")]
+    for name, (text, function) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        called = words[: name.count(" ") + 1] == name.split()
+        body = getattr(import_module("nbhelpers.commands"), function)() if called else _not_loaded
+        (groups[group] if group else app).command(last, help=text)(body)
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
+    return app
+
+
+def _not_loaded() -> None:
+    raise RuntimeError("this command was not loaded")
+
+
+def main() -> None:
+    build(sys.argv[1:])(prog_name=NAME)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""What does each command do? Build a config, call a function, print: text for people, or one JSON object last.
+
+Exit codes: 0 done; 1 the run failed, diverged or found a violation; 2 bad input; 130 interrupted. Logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+
+from nbhelpers import records
+from nbhelpers.tracking import Diverged, Interrupted
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
+
+
+class Violation(RuntimeError):
+    """The work was done, but a checked fact does not hold; `result` says which."""
+
+    def __init__(self, result: dict) -> None:
+        super().__init__(
+            "a checked fact does not hold: " + ", ".join(f["name"] for f in result["facts"] if not f["ok"])
+        )
+        self.result = result
+
+
+def carry_out(work: Callable[[], dict], show: Callable[[dict], str], as_json: bool) -> None:
+    """Do the work, print its result, and leave with the exit code that belongs to what happened."""
+    _quiet()
+    result, code = None, DONE
+    try:
+        result = work()
+    except Violation as error:
+        result, code = error.result, FAILED
+        _say(error)
+    except (KeyboardInterrupt, Interrupted) as error:
+        result, code = {"error": str(error) or "interrupted"}, INTERRUPTED
+    except Exception as error:
+        code = BAD_INPUT if is_bad_input(error) else FAILED
+        if code == FAILED and not isinstance(error, Diverged | FloatingPointError):
+            traceback.print_exc()
+        result = {"error": one_line(error)}
+    if as_json:
+        typer.echo(records.canonical_json(records.plain(result)))
+    elif "error" in result:
+        _say(result["error"])
+    else:
+        typer.echo(show(result))
+    raise typer.Exit(code)
+
+
+def is_bad_input(error: Exception) -> bool:
+    """What the user can put right: a wrong value, an unknown name, a file that cannot be read or written."""
+    if isinstance(error, KeyError | IndexError):
+        return False
+    return isinstance(error, ValueError | LookupError | OSError)
+
+
+def one_line(error: BaseException) -> str:
+    """The error as one line that names the value and the rule."""
+    if isinstance(error, ValidationError):
+        return "; ".join(_field_line(found) for found in error.errors())
+    return " ".join((str(error).strip() or type(error).__name__).split())
+
+
+def _field_line(found: dict) -> str:
+    message = found["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if not found["loc"] or found["type"] == "value_error":
+        return message
+    return f"{'.'.join(map(str, found['loc']))} {message}, got {found['input']!r}"
+
+
+def _say(message: object) -> None:
+    typer.echo(f"error: {message}" if not isinstance(message, Exception) else f"error: {one_line(message)}", err=True)
+
+
+def _quiet() -> None:
+    """Logs to stderr, and no progress bars of other libraries."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(
+        stream=sys.stderr, level=os.environ.get("NBHELPERS_LOG", "WARNING").upper(), format="%(message)s"
+    )
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def options_of(config: type[BaseModel], *, without: tuple[str, ...] = ()) -> list[inspect.Parameter]:
+    """One command-line option a config field, with its default, help and choices: the config says it once."""
+    parameters = []
+    for name, field in config.model_fields.items():
+        if name in without:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        flags = (f"{flag}/--no-{flag[2:]}",) if field.annotation is bool else (flag,)
+        option = typer.Option(*flags, help=field.description)
+        kind = field.annotation if field.annotation in (bool, str) else _plain_type(field.annotation)
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option]
+            )
+        )
+    return parameters
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type in which the shell's text is read; the config checks bounds and choices."""
+    text = str(annotation)
+    base = float if "float" in text else int if "int" in text else str
+    return base | None if "None" in text else base
+
+
+def with_options(function: Callable, parameters: list[inspect.Parameter]) -> Callable:
+    """`function(**options)` as typer sees it: with these options."""
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+
+def keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def prune_heads() -> Callable:
+    from nbhelpers.experiments import PruningConfig, PruningExperiment
+
+    def command(out: Path | None, json: bool, **options) -> None:
+        def work() -> dict:
+            result = PruningExperiment.run(PruningConfig(**options), run_dir=out, progress=Progress())
+            if not result["all_facts_hold"]:
+                raise Violation(result)
+            return result
+
+        carry_out(work, show_pruning, json)
+
+    out = keyword("out", Annotated[Path | None, typer.Option(help="run directory; None = a new one under runs/")], None)
+    return with_options(command, [*options_of(PruningConfig), out, keyword("json", Json, False)])
+
+
+def show_pruning(result: dict) -> str:
+    """The run for people: a line a stage, the verdict, the facts, where it lies."""
+    lines = [f"{'stage':<12} {'perplexity':>10}"]
+    for stage in ("baseline", "pruned", "fine_tuned", "control"):
+        if result[stage]:
+            lines.append(f"{stage:<12} {result[stage]['perplexity']:>10.4g}")
+    lines += ["", result["verdict"]]
+    if result["text"]["generated"]:
+        lines.append("All of this on text that this project generated itself.")
+    lines += [
+        "",
+        *(f"{'OK    ' if fact['ok'] else 'FAILED'} {fact['says']}: {fact['saw']}" for fact in result["facts"]),
+    ]
+    return "\n".join([*lines, "", f"run    {result['run_dir']}", f"model  {result['model_dir']}"])
+
+
+class Progress:
+    """One line on stderr, rewritten in place on a terminal, a line a stage elsewhere."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def __call__(self, now: dict) -> None:
+        stage = now["stage"]
+        done, total = now.get("done", now.get("step")), now.get("total", now.get("steps"))
+        text = f"{stage} {now.get('at', '')}".strip() + (f" {done}/{total}" if total else "")
+        if "train_loss" in now and now["train_loss"] is not None:
+            text += f"  loss {now['train_loss']:.3f}"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{text}")
+            if stage != self.last:
+                sys.stderr.write("\n")
+        elif stage != self.last:
+            sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+        self.last = stage
+
+
+def perplexity() -> Callable:
+    def command(
+        model: Annotated[str, typer.Option(help="bundled name, local folder or hub id")],
+        text: Annotated[str, typer.Option(help=".txt or .jsonl file, scored whole; or bundled: its test part")],
+        window: Annotated[
+            int | None, typer.Option(help="tokens per window; None = 512, or the model's positions")
+        ] = None,
+        limit_tokens: Annotated[int | None, typer.Option(help="cut the token stream to this many", min=1)] = None,
+        dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+        quantization: Annotated[str | None, typer.Option(help="8bit or 4bit")] = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import data, evaluate, models
+            from nbhelpers.experiments import check_window
+
+            size = check_window(window, models.load_config(model))
+            documents = data.load_corpus(text).test if text == data.BUNDLED else data.read_documents(text)
+            rows = data.rows(models.load_tokenizer(model), documents, size, limit_tokens)
+            loaded = models.load_model(model, dtype=dtype, quantization=quantization)
+            result = vars(evaluate.perplexity(loaded.model, rows)) | {"window": size, "generated": text == data.BUNDLED}
+            return result | {"model": model, "text": text, "dtype": str(next(loaded.model.parameters()).dtype)[6:]}
+
+        carry_out(work, _show_perplexity, json)
+
+    return command
+
+
+def _show_perplexity(found: dict) -> str:
+    text = (
+        f"perplexity {found['perplexity']:.4f}  (nll {found['nll']:.4f} nats a token, {found['tokens']} scored tokens "
+        f"in {found['windows']} windows of {found['window']})"
+    )
+    return text + ("\nMeasured on text that this project generated itself." if found["generated"] else "")
+
+
+def generate() -> Callable:
+    def command(
+        model: Annotated[str, typer.Option(help="bundled name, local folder, run directory or hub id")],
+        prompt: Annotated[str, typer.Option(help="how the text begins")],
+        max_new_tokens: Annotated[int, typer.Option(help="tokens to write", min=1)] = 60,
+        temperature: Annotated[float, typer.Option(help="0 = always the likeliest token", min=0)] = 0.8,
+        seed: Annotated[int, typer.Option(help="seed of the sampling", min=0)] = 0,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import attention, evaluate, models
+            from nbhelpers.architecture import is_supported
+
+            loaded = models.load_model(model)
+            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+            text = evaluate.generate(loaded.model, loaded.tokenizer, prompt, **options)
+            closed = attention.closed_heads(loaded.model) if is_supported(loaded.model) else []
+            return {"text": text, "model": model, "closed_heads": len(closed), **options}
+
+        carry_out(work, lambda found: found["text"], json)
+
+    return command
+
+
+def env() -> Callable:
+    def command(
+        job: Annotated[str, typer.Option(help="what a model should fit for")] = "lora",
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from dataclasses import asdict
+
+            from nbhelpers import catalogue, memory, runtime
+
+            runtime.prepare_cuda_allocator()
+            weight_bytes = runtime.dtype_for(runtime.device()).itemsize
+            suggestions = [asdict(found) for found in catalogue.suggest(job, weight_bytes=weight_bytes)]
+            return {
+                "environment": runtime.environment(probe=True),
+                "memory": memory.free(),
+                "job": job,
+                "models": suggestions,
+            }
+
+        carry_out(work, show_environment, json)
+
+    return command
+
+
+def show_environment(found: dict) -> str:
+    """What this machine has, and which models fit, with the sum behind each estimate."""
+    here, free = found["environment"], found["memory"]
+    lines = [f"{key:<10} {value}" for key, value in here.items() if isinstance(value, str)]
+    lines += [f"{key:<10} {value}" for key, value in here.items() if isinstance(value, dict)]
+    lines += [f"{'memory':<10} {free}", "", f"models for {found['job']} (estimates to start from, nothing is changed):"]
+    for model in found["models"]:
+        gate = {True: "gated on the hub", False: "", None: "gate unknown"}[model["gated"]]
+        size = f"{model['download_bytes'] / 1e9:.2f} GB"
+        lines.append(f"  {'fits' if model['fits'] else 'no  '} {model['name']:<14} {size:>9} {model['licence']} {gate}")
+        lines.append(f"       {model['sum']}")
+    return "\n".join(lines)
+
+
+def notebooks_run() -> Callable:
+    def command(
+        names: Annotated[
+            list[str] | None, typer.Argument(help="notebooks by name, such as 01_pruning; none = all")
+        ] = None,
+        parameter: Annotated[
+            list[tuple[str, str]] | None, typer.Option("-p", "--parameter", help="NAME VALUE, may be repeated")
+        ] = None,
+        out: Annotated[Path, typer.Option(help="folder for the executed notebooks, runs, index and archive")] = Path(
+            "results"
+        ),
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import headless
+
+            result = headless.run_notebooks(names or [], dict(parameter or []), out, progress=Progress())
+            if not result["all_facts_hold"]:
+                raise Violation(result)
+            return result
+
+        carry_out(work, lambda found: found["summary"], json)
+
+    return command

@@ -1,0 +1,125 @@
+"""How well does a model predict text, and what does it write?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nbhelpers import data, runtime
+from nbhelpers.tracking import Interrupted
+
+LOGIT_BYTES = 256 * 2**20  # most bytes of float32 logits held at a time; it sets the batch size
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """nll: nats a scored token; perplexity: exp(nll); tokens: scored tokens; windows: rows read."""
+
+    nll: float
+    perplexity: float
+    tokens: int
+    windows: int
+
+
+@torch.inference_mode()
+def row_losses(
+    model: nn.Module,
+    rows: Sequence[dict],
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[dict], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nll, tokens): per row the summed nll in nats (rows,) float64 and the number of scored tokens (rows,).
+
+    A row's first token is not scored, nor are positions labelled -100 or padding. The model is put into evaluation mode
+    and back. Raises FloatingPointError where a row's loss is not finite, naming the row.
+    """
+    batch_size = batch_size or batch_rows(model, max(len(row["input_ids"]) for row in rows))
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    sums, counts = [], []
+    try:
+        for start in range(0, len(rows), batch_size):
+            if should_stop is not None and should_stop():
+                raise Interrupted(f"stopped after {start} of {len(rows)} windows")
+            batch = data.collate(rows[start : start + batch_size], device)
+            labels = batch.pop("labels")[:, 1:]
+            if batch["attention_mask"].all():
+                batch.pop("attention_mask")
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+            losses = F.cross_entropy(
+                logits.float().transpose(1, 2), labels, ignore_index=data.IGNORED, reduction="none"
+            )
+            sums.append(losses.double().sum(1).cpu())
+            counts.append((labels != data.IGNORED).sum(1).cpu())
+            if progress is not None:
+                progress({"done": min(start + batch_size, len(rows)), "total": len(rows)})
+    finally:
+        model.train(was_training)
+    nll = torch.cat(sums)
+    if not nll.isfinite().all():
+        row = int((~nll.isfinite()).nonzero()[0])
+        raise FloatingPointError(
+            f"the loss of window {row} is {nll[row].item()}; try float32, or check the model's weights"
+        )
+    return nll, torch.cat(counts)
+
+
+def batch_rows(model: nn.Module, length: int) -> int:
+    """Rows of this length whose float32 logits stay within LOGIT_BYTES (at least 1, at most 64)."""
+    return max(1, min(64, LOGIT_BYTES // (4 * length * model.config.vocab_size)))
+
+
+def perplexity(model: nn.Module, rows: Sequence[dict], **options) -> Perplexity:
+    """exp(sum of token nll / scored tokens) over the rows of data.rows. ValueError if nothing is scored."""
+    nll, tokens = row_losses(model, rows, **options)
+    total = int(tokens.sum())
+    if total == 0:
+        raise ValueError("no token is scored: every label is masked")
+    mean = float(nll.sum()) / total
+    if mean > 700:
+        raise FloatingPointError(f"the loss is {mean:.0f} nats a token, its perplexity is no finite number")
+    return Perplexity(nll=mean, perplexity=math.exp(mean), tokens=total, windows=len(rows))
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """The prompt and what the model writes after it. Temperature 0 is greedy; sampling is seeded and leaves the global
+    generators as they were."""
+    if not prompt:
+        raise ValueError("prompt must not be empty; give at least one word")
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    length, limit = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None) or 10**9
+    if length >= limit:
+        raise ValueError(f"prompt has {length} tokens, the model has {limit} positions; shorten the prompt")
+    sampling = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    eos = model.generation_config.eos_token_id
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = eos[0] if isinstance(eos, list) else eos
+    with runtime.seeded(seed):
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=min(max_new_tokens, limit - length),
+            pad_token_id=pad,
+            **sampling,
+        )
+    return tokenizer.decode(output[0], skip_special_tokens=True)

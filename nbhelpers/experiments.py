@@ -1,0 +1,367 @@
+"""What does closing attention heads cost, and does fine-tuning bring it back?
+
+One run: baseline -> heads closed -> fine-tuned -> saved and loaded again, beside an unpruned control with the same
+budget. Everything that is said afterwards is in the run directory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from nbhelpers import data, evaluate, facts, heads, memory, models, records, runtime, training
+from nbhelpers.architecture import Geometry, architecture, geometry
+from nbhelpers.heads import STRATEGIES
+from nbhelpers.registry import unknown
+from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
+
+MAX_WINDOW = 512  # tokens of a window where the config names none and the model's positions allow it
+VALIDATION_WINDOWS = 32  # windows that choose the best state while fine-tuning
+FACT_ROWS = 2  # windows on which facts about logits are checked
+log = logging.getLogger(__name__)
+
+
+class PruningConfig(BaseModel):
+    """Everything that decides a pruning run. Refuses nonsense and unknown names before anything is loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    name: str = Field("pruning", min_length=1, description="what the run is called in its record")
+    model: str = Field("tiny-gpt2", description="bundled name, local folder or hub id")
+    text: str = Field("bundled", description="bundled, a .txt or .jsonl file, wikitext-2, or a hub data set")
+    strategy: str = Field("gradient", description=f"how importance is measured: {', '.join(STRATEGIES)}")
+    level: float = Field(0.3, ge=0, le=1, description="share of all heads to close, 0-1")
+    iterative: bool = Field(False, description="score again after every few heads instead of once")
+    heads_per_round: int | None = Field(
+        None, ge=1, description="heads closed between scorings; None = a twentieth of all"
+    )
+    kv_groups: bool = Field(False, description="close whole groups of heads that share keys and values")
+    min_heads_per_layer: int = Field(0, ge=0, description="heads that every layer keeps at least")
+    scoring_windows: int = Field(16, ge=1, description="windows of the training text on which importance is measured")
+    steps: int = Field(60, ge=0, description="fine-tuning steps; 0 = no fine-tuning")
+    method: Literal["full", "lora"] = Field("full", description="train all weights, or low-rank adapters")
+    learning_rate: float | None = Field(None, gt=0, le=1, description="peak learning rate; None = 5e-4 full, 1e-3 lora")
+    batch_size: int = Field(8, ge=1, description="windows per optimizer step")
+    control: bool = Field(True, description="also fine-tune the unpruned model with the same budget")
+    window: int | None = Field(None, ge=2, description="tokens per window; None = the model's positions, at most 512")
+    evaluation_windows: int | None = Field(
+        None, ge=1, description="most test windows scored; None = the whole test text"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
+    device: str | None = Field(None, description="cpu, cuda or mps; None = what is found")
+    sample_prompt: str | None = Field(
+        None, description="start of the text samples; None = first words of the test text"
+    )
+    sample_tokens: int = Field(60, ge=1, le=2048, description="tokens written per sample")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of random scores, data order and samples")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields_only(cls, values: Any) -> Any:
+        for name in values if isinstance(values, Mapping) else ():
+            if name not in cls.model_fields:
+                raise ValueError(unknown("field", name, cls.model_fields))
+        return values
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategy(cls, value: str) -> str:
+        if value not in STRATEGIES:
+            raise ValueError(unknown("strategy", value, STRATEGIES))
+        return value
+
+
+LEARNING_RATES = {"full": 5e-4, "lora": 1e-3}
+
+
+class PruningExperiment:
+    """`PruningExperiment.run(config)` does the whole job and returns what result.json holds."""
+
+    def __init__(self, config: PruningConfig, tracker: ExperimentTracker, progress, should_stop) -> None:
+        self.config, self.tracker = config, tracker
+        self.progress, self.should_stop = progress, should_stop
+        self.facts: list[facts.Fact] = []
+        self.stages: list[dict] = []
+
+    @classmethod
+    def run(
+        cls,
+        config: PruningConfig,
+        *,
+        root: str | Path = "runs",
+        run_dir: str | Path | None = None,
+        command: list[str] | None = None,
+        progress: Callable[[dict], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> dict:
+        """Run `config` and leave a run directory; returns its result.
+
+        Raises LookupError or ValueError for what cannot be run, before a run directory exists;
+        tracking.Interrupted after should_stop, tracking.Diverged where training does not stay finite.
+        """
+        plan = cls._check(config)
+        record = ExperimentConfig(kind="pruning", **config.model_dump())
+        with ExperimentTracker(record, root, run_dir=run_dir, command=command) as tracker:
+            experiment = cls(config, tracker, progress, should_stop)
+            result = experiment._run(*plan)
+            tracker.finish(result)
+        return result
+
+    @staticmethod
+    def _check(config: PruningConfig) -> tuple[Any, data.Corpus, int]:
+        """(tokenizer, corpus, window), read before any weights: all that can be wrong about them is said here."""
+        runtime.check_supported()
+        model_config = models.load_config(config.model)
+        geo = geometry(model_config)
+        architecture(_Shell(model_config))
+        group = geo.group_size if config.kv_groups else 1
+        heads.check_budget(geo, heads.count(config.level, geo.total // group) * group, config.min_heads_per_layer)
+        corpus = data.load_corpus(config.text)
+        return models.load_tokenizer(config.model), corpus, check_window(config.window, model_config)
+
+    def _run(self, tokenizer, corpus: data.Corpus, window: int) -> dict:
+        config = self.config
+        self._tell("reading text")
+        (self.tracker.run_dir / "artefacts").mkdir(exist_ok=True)
+        self.tokenizer = tokenizer
+        self.train = data.rows(tokenizer, corpus.train, window)
+        self.validation = data.rows(tokenizer, corpus.validation, window)[:VALIDATION_WINDOWS]
+        self.test = data.rows(tokenizer, corpus.test, window)[: config.evaluation_windows]
+        self.prompt = config.sample_prompt or first_words(corpus.test[0])
+        self.facts.append(facts.texts_are_disjoint(corpus))
+
+        loaded = self._load()
+        self.device = str(next(loaded.model.parameters()).device)
+        self.tracker.set_fingerprints(
+            model=models.fingerprint(loaded.model),
+            tokenizer=models.tokenizer_fingerprint(tokenizer),
+            text=corpus.sha256,
+        )
+        count = models.parameters(loaded.model)
+        selection, tuned, model_dir = self._pruned_model(loaded.model)
+        control = self._control() if config.control and config.steps else None
+        if tuned and control:
+            self.facts.append(facts.same_budget(tuned, control))
+        return self._result(corpus, window, count, geometry(loaded.model.config), selection, tuned, model_dir)
+
+    def _load(self) -> models.LoadedModel:
+        config = self.config
+        self._tell("loading", model=config.model)
+        dtype = config.dtype
+        if dtype == "auto" and config.method == "full" and config.steps:
+            dtype = "float32"  # masters of the weights that are trained
+        return models.load_model(config.model, device=config.device, dtype=dtype)
+
+    def _pruned_model(self, model):
+        """baseline -> closed -> fine-tuned -> saved, on one copy of the model; its memory is given back."""
+        config, few = self.config, self.test[:FACT_ROWS]
+        baseline = self._stage("baseline", model)
+        self.facts.append(facts.gates_change_nothing_while_open(model, few))
+        before = facts.logits(model, few)
+
+        scoring = self.train[: config.scoring_windows]
+        self.facts.append(facts.strategy_sees_the_model(model, scoring[:FACT_ROWS], config.strategy, config.seed))
+        selection = heads.prune(
+            model,
+            scoring,
+            config.strategy,
+            config.level,
+            iterative=config.iterative,
+            heads_per_round=config.heads_per_round,
+            min_per_layer=config.min_heads_per_layer,
+            kv_groups=config.kv_groups,
+            seed=config.seed,
+            progress=lambda now: self._tell("scoring heads", **now),
+            should_stop=self.should_stop,
+        )
+        self.facts += [
+            facts.lowest_scores_were_closed(selection, config.kv_groups, config.min_heads_per_layer),
+            facts.pruning_changed_the_logits(before, facts.logits(model, few), selection.newly_closed),
+            facts.closed_heads_add_nothing(model, few, selection.closed, "after_pruning"),
+        ]
+        last = self._stage("pruned", model, baseline)
+        tuned = None
+        if config.steps:
+            tuned = self._fine_tune(model, "fine_tuned")
+            last = self._stage("fine_tuned", model, baseline)
+            self.facts.append(facts.closed_heads_add_nothing(model, few, selection.closed, "after_fine_tuning"))
+        self._tell("saving")
+        model_dir = models.save_model(model, self.tokenizer, self.tracker.run_dir / "model")
+        memory.release(model)
+        self.facts += facts.saved_model_is_the_same(model_dir, self.test, last["nll"], selection.closed, self.device)
+        return selection, tuned, model_dir
+
+    def _control(self):
+        """The unpruned model, loaded afresh and fine-tuned with the same budget."""
+        with memory.loaded(lambda: self._load().model) as model:
+            control = self._fine_tune(model, "control")
+            self._stage("control", model)
+        return control
+
+    def _fine_tune(self, model, stage: str) -> training.TrainingResult:
+        config = self.config
+        self.tracker.event("stage", stage=f"training {stage}")
+        settings = training.TrainingConfig(
+            method=config.method,
+            steps=config.steps,
+            learning_rate=config.learning_rate or LEARNING_RATES[config.method],
+            batch_size=config.batch_size,
+            eval_every=max(1, config.steps // 4),
+            seed=config.seed,
+        )
+        result = training.fine_tune(
+            model,
+            self.train,
+            self.validation,
+            settings,
+            output_dir=self.tracker.run_dir / "artefacts" / stage,
+            tracker=_Prefixed(self.tracker, stage),
+            progress=lambda now: self._tell(f"training {stage}", **now),
+            should_stop=self.should_stop,
+        )
+        if result.status == "stopped":
+            raise Interrupted(f"stopped in step {result.steps} of {config.steps} of training {stage}")
+        records.write_json(self.tracker.run_dir / "artefacts" / f"training_{stage}.json", result.record())
+        if stage == "fine_tuned" and result.labels["prompt_label_tokens"] is not None:
+            self.facts.append(facts.loss_leaves_out_the_prompt(result.labels))
+        return result
+
+    def _stage(self, stage: str, model, baseline: dict | None = None) -> dict:
+        """Measure the model as it is now on the whole test text and let it write a sample."""
+        self._tell("measuring", at=stage)
+        measured = evaluate.perplexity(model, self.test, should_stop=self.should_stop)
+        sample = evaluate.generate(
+            model, self.tokenizer, self.prompt, max_new_tokens=self.config.sample_tokens, seed=self.config.seed
+        )
+        row = {"stage": stage, **vars(measured), "sample": sample}
+        self.stages.append(row)
+        self.tracker.event("stage", stage=stage, perplexity=measured.perplexity, nll=measured.nll)
+        self._tell("measured", at=stage, perplexity=measured.perplexity, sample=sample)
+        return row
+
+    def _result(self, corpus, window, count, geo: Geometry, selection, tuned, model_dir) -> dict:
+        config = self.config
+        by_stage = {row["stage"]: row for row in self.stages}
+        perplexities = {stage: row["perplexity"] for stage, row in by_stage.items()}
+        rounds = self.tracker.run_dir / "artefacts" / "selection.json"
+        records.write_json(rounds, {"strategy": config.strategy, "rounds": selection.rounds})
+        return {
+            "kind": "pruning",
+            "model": config.model,
+            "strategy": config.strategy,
+            "level": config.level,
+            "iterative": config.iterative,
+            "baseline": _shown(by_stage["baseline"]),
+            "pruned": _shown(by_stage["pruned"]),
+            "fine_tuned": _shown(by_stage.get("fine_tuned")),
+            "control": _shown(by_stage.get("control")),
+            **outcome(perplexities),
+            "verdict": verdict(perplexities),
+            "pruned_heads": [list(head) for head in selection.closed],
+            "total_heads": geo.total,
+            "layers": geo.layers,
+            "heads_per_layer": geo.heads,
+            "scores": selection.scores,
+            "parameters": count,
+            "trainable_parameters": tuned.trainable_parameters if tuned else None,
+            "text": {
+                "source": corpus.source,
+                "generated": corpus.generated,
+                "sha256": corpus.sha256,
+                "test_documents": len(corpus.test),
+            },
+            "protocol": {
+                "measure": "perplexity = exp(sum of token nll / scored tokens)",
+                "split": "test",
+                "window": window,
+                "windows": by_stage["baseline"]["windows"],
+                "tokens": by_stage["baseline"]["tokens"],
+                "dtype": config.dtype,
+                "came": "measured",
+            },
+            "samples": {row["stage"]: row["sample"] for row in self.stages},
+            "facts": [fact.as_dict() for fact in self.facts],
+            "all_facts_hold": all(fact.ok for fact in self.facts),
+            "run_dir": str(self.tracker.run_dir),
+            "model_dir": str(model_dir),
+        }
+
+    def _tell(self, stage: str, **what) -> None:
+        log.info("%s %s", stage, "" if "done" in what else what or "")
+        if self.progress is not None:
+            self.progress({"stage": stage, **what})
+
+
+class _Shell:
+    """Just enough of a model to look up its architecture by its config."""
+
+    def __init__(self, config) -> None:
+        self.config = config
+
+
+class _Prefixed:
+    """The tracker as one training sees it: every line says which training it belongs to."""
+
+    def __init__(self, tracker: ExperimentTracker, stage: str) -> None:
+        self.tracker, self.stage = tracker, stage
+
+    def log_metrics(self, iteration: int | None = None, **metrics) -> None:
+        self.tracker.log_metrics(iteration=iteration, stage=self.stage, **metrics)
+
+    def log_eval(self, **metrics) -> None:
+        self.tracker.log_eval(stage=self.stage, **metrics)
+
+    def increment_gradient_step(self, n: int = 1) -> None:
+        self.tracker.increment_gradient_step(n)
+
+    def event(self, kind: str, **data) -> None:
+        self.tracker.event(kind, stage=self.stage, **data)
+
+
+def check_window(window: int | None, model_config) -> int:
+    """Tokens per window: as asked, or the model's positions up to 512. ValueError where the model has fewer positions."""
+    positions = models.max_positions(model_config)
+    if window is None:
+        return min(MAX_WINDOW, positions or MAX_WINDOW)
+    if positions is not None and window > positions:
+        raise ValueError(
+            f"window must be at most the model's {positions} positions, got {window}; use a smaller --window"
+        )
+    return window
+
+
+def first_words(document: data.Document, words: int = 5) -> str:
+    """What text samples begin with: the prompt, or the first words of a document."""
+    return document.prompt or " ".join(document.text.split()[:words])
+
+
+def outcome(perplexity: Mapping[str, float]) -> dict[str, float | None]:
+    """recovery_percent = (pruned - tuned) / (pruned - base) * 100 where pruning hurt, else
+    improvement_percent = (base - tuned) / base * 100; None without fine-tuning."""
+    base, pruned, tuned = perplexity["baseline"], perplexity["pruned"], perplexity.get("fine_tuned")
+    if pruned > base:
+        return {"recovery_percent": None if tuned is None else (pruned - tuned) / (pruned - base) * 100}
+    return {"improvement_percent": None if tuned is None else (base - tuned) / base * 100}
+
+
+def verdict(perplexity: Mapping[str, float]) -> str:
+    """One sentence with both perplexities, and whether pruning and fine-tuning beats fine-tuning alone."""
+    base, pruned, tuned = perplexity["baseline"], perplexity["pruned"], perplexity.get("fine_tuned")
+    text = f"Closing the heads took perplexity from {base:.3g} to {pruned:.3g}"
+    if tuned is None:
+        return text + "; not fine-tuned."
+    ((name, value),) = outcome(perplexity).items()
+    text += f"; fine-tuning took it to {tuned:.3g} ({value:.0f} % {name.removesuffix('_percent')})."
+    control = perplexity.get("control")
+    if control is None:
+        return text + " No unpruned control was run, so this may be learning of the text rather than recovery."
+    beats = "beats" if tuned < control else "does not beat"
+    return text + f" That {beats} fine-tuning the whole model, which reaches {control:.3g} with the same budget."
+
+
+def _shown(row: dict | None) -> dict | None:
+    return None if row is None else {key: row[key] for key in ("perplexity", "nll", "tokens")}

@@ -1,0 +1,215 @@
+"""Does the pruned model really do what it says? Checked on the user's own model while it runs.
+
+Each fact looks at the model from outside (hooks on the projections, plain transformers, the files on disk), not through
+the code that it checks, and says OK or FAILED with the number it saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nbhelpers import attention, data, evaluate, heads, memory, models
+from nbhelpers.architecture import geometry
+from nbhelpers.attention import Head
+
+RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`says` is the claim, `saw` what was measured; a fact that is not ok makes the run a violation."""
+
+    name: str
+    ok: bool
+    says: str
+    saw: str
+    values: dict = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def line(self) -> str:
+        return f"{'OK    ' if self.ok else 'FAILED'} {self.says}: {self.saw}"
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, rows: Sequence[dict]) -> torch.Tensor:
+    """(batch, length, vocabulary) float32 on the CPU."""
+    batch = data.collate(rows, next(model.parameters()).device)
+    return (
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        .logits.float()
+        .cpu()
+    )
+
+
+def tolerance(model: nn.Module) -> float:
+    """Largest relative difference that another order of summation explains at the model's precision."""
+    return RELATIVE_TOLERANCE.get(next(model.parameters()).dtype, 1e-5)
+
+
+def gates_change_nothing_while_open(model: nn.Module, rows: Sequence[dict]) -> Fact:
+    """The same logits with the gated attention as with transformers' own."""
+    ours = logits(model, rows)
+    model.set_attn_implementation("sdpa")
+    try:
+        stock = logits(model, rows)
+    finally:
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+    difference = (ours - stock).abs().max().item() / max(stock.abs().max().item(), 1e-30)
+    return Fact(
+        "open_gates_are_transparent",
+        difference <= tolerance(model),
+        "with no further head closed the gated model is transformers' own model",
+        f"largest relative difference of the logits {difference:.1e}",
+        {"relative_difference": difference},
+    )
+
+
+def strategy_sees_the_model(model: nn.Module, rows: Sequence[dict], strategy: str, seed: int) -> Fact:
+    """A head planted dead gets the score of a dead head (random: the scores are those of its seed)."""
+    closed = set(attention.closed_heads(model))
+    geo = geometry(model.config)
+    head = next(head for head in reversed(heads.all_heads(geo.layers, geo.heads)) if head not in closed)
+    if strategy == "random":
+        again = [heads.STRATEGIES["random"](model, rows, seed=seed) for _ in range(2)]
+        return Fact(
+            "strategy_is_the_one_asked_for",
+            bool((again[0] == again[1]).all()),
+            "random scores follow from the seed",
+            f"seed {seed}",
+        )
+    found, score = heads.finds_dead_head(model, rows, strategy, head, seed)
+    return Fact(
+        "strategy_is_the_one_asked_for",
+        found,
+        f"strategy {strategy} finds a head that was planted dead",
+        f"head {head} scored {score:.2g}, a dead head scores 0",
+        {"head": list(head), "score": score},
+    )
+
+
+def lowest_scores_were_closed(selection: heads.Selection, kv_groups: bool, min_per_layer: int) -> Fact:
+    """In every round no head that stayed open scored below one that was closed."""
+    worst = 0.0
+    gone: set[Head] = set()
+    for number in selection.rounds:
+        scores, now = torch.tensor(number["scores"]), {tuple(head) for head in number["closed"]}
+        open_heads = [head for head in heads.all_heads(*scores.shape) if head not in gone | now]
+        gone |= now
+        if open_heads and now and not kv_groups and not min_per_layer:
+            worst = max(worst, max(scores[h].item() for h in now) - min(scores[h].item() for h in open_heads))
+    total = len(gone)
+    return Fact(
+        "least_important_heads_were_closed",
+        worst <= 0,
+        "the closed heads are those with the lowest scores",
+        f"{total} heads in {len(selection.rounds)} rounds"
+        + (", whole groups or a minimum per layer" if kv_groups or min_per_layer else ""),
+    )
+
+
+def pruning_changed_the_logits(before: torch.Tensor, after: torch.Tensor, closed: Sequence[Head]) -> Fact:
+    """Closing heads changed what the model computes (with none closed: changed nothing)."""
+    difference = (before - after).abs().max().item()
+    return Fact(
+        "pruning_changed_the_logits",
+        (difference > 0) == bool(closed),
+        "closing the heads changed the logits" if closed else "no head closed, no logit changed",
+        f"largest difference {difference:.3g}",
+        {"difference": difference},
+    )
+
+
+def closed_heads_add_nothing(model: nn.Module, rows: Sequence[dict], closed: Sequence[Head], stage: str) -> Fact:
+    """What reaches the output projection from the closed heads is exactly 0, and from the open ones it is not."""
+    with attention.head_outputs(model) as largest:
+        logits(model, rows)
+    shut = set(closed)
+    from_closed = max((largest[head].item() for head in shut), default=0.0)
+    alive = sum(largest[head].item() > 0 for head in heads.all_heads(*largest.shape) if head not in shut)
+    return Fact(
+        f"closed_heads_add_nothing_{stage}",
+        from_closed == 0 and alive == largest.numel() - len(shut),
+        f"{stage.replace('_', ' ')}: the {len(shut)} closed heads add exactly 0, the other {largest.numel() - len(shut)} do not",
+        f"largest output of a closed head {from_closed:g}, open heads at work {alive}",
+        {"closed": len(shut), "largest": from_closed, "open_at_work": alive},
+    )
+
+
+def saved_model_is_the_same(
+    folder: str | Path, rows: Sequence[dict], nll: float, closed: Sequence[Head], device: str
+) -> list[Fact]:
+    """Loaded again through us: the same heads closed, the same perplexity; through plain transformers: the same perplexity."""
+    return [_reloaded(folder, rows, nll, closed, device), _plain(folder, rows, nll, device)]
+
+
+def _reloaded(folder: str | Path, rows: Sequence[dict], nll: float, closed: Sequence[Head], device: str) -> Fact:
+    with memory.loaded(lambda: models.load_model(str(folder), device=device, dtype="stored").model) as model:
+        same_heads = attention.closed_heads(model) == sorted(closed)
+        again = evaluate.perplexity(model, rows).nll
+        ok = same_heads and abs(again - nll) <= tolerance(model) * max(1.0, abs(nll))
+    return Fact(
+        "reloaded_model_is_the_same",
+        ok,
+        "the saved model, loaded again, has the same heads closed and the same loss",
+        f"closed heads {'equal' if same_heads else 'differ'}, nll {again:.6f} against {nll:.6f}",
+        {"nll": again, "expected": nll, "same_heads": same_heads},
+    )
+
+
+def _plain(folder: str | Path, rows: Sequence[dict], nll: float, device: str) -> Fact:
+    from transformers import AutoModelForCausalLM
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
+
+    with memory.loaded(load) as model:
+        again = evaluate.perplexity(model, rows).nll
+        ok = abs(again - nll) <= tolerance(model) * max(1.0, abs(nll))
+    return Fact(
+        "plain_transformers_computes_the_same",
+        ok,
+        "the saved model has the same loss in plain transformers",
+        f"nll {again:.6f} against {nll:.6f}",
+        {"nll": again, "expected": nll},
+    )
+
+
+def texts_are_disjoint(corpus: data.Corpus) -> Fact:
+    shared = data.overlap(corpus)
+    return Fact(
+        "test_text_was_not_trained_on",
+        shared == 0,
+        "no test document stands in the training or validation text",
+        f"{shared} of {len(corpus.test)} shared",
+        {"shared": shared},
+    )
+
+
+def loss_leaves_out_the_prompt(report: dict) -> Fact:
+    """Counted on the rows that training really used (training.label_report)."""
+    leaked = report["prompt_label_tokens"]
+    return Fact(
+        "loss_is_on_the_completion_alone",
+        leaked == 0,
+        "no prompt token is in the training loss",
+        f"{leaked} prompt tokens among {report['label_tokens']} trained ones",
+        dict(report),
+    )
+
+
+def same_budget(tuned, control) -> Fact:
+    """The control saw as many steps and tokens as the pruned model."""
+    pruned, whole = (tuned.steps, tuned.label_tokens), (control.steps, control.label_tokens)
+    return Fact(
+        "control_had_the_same_budget",
+        pruned == whole,
+        "the unpruned control was fine-tuned with the same budget",
+        f"{pruned[0]} and {whole[0]} steps, {pruned[1]} and {whole[1]} tokens",
+    )

@@ -1,0 +1,244 @@
+"""How does a model get in and out? Bundled name, local folder or hub id in; a folder that plain transformers loads out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from nbhelpers import attention, catalogue, records, runtime
+from nbhelpers.architecture import geometry, is_supported
+from nbhelpers.registry import unknown
+
+BUNDLED = Path(__file__).parent / "assets" / "models"
+GATES_FILE = "head_gates.json"
+GATES_FORMAT = 1
+Quantization = Literal["8bit", "4bit"]
+DTYPES = {
+    "auto": None,
+    "stored": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with its own tokenizer. `source`: bundled, folder or hub."""
+
+    model: nn.Module
+    tokenizer: object
+    name: str
+    source: str
+
+
+def bundled_names() -> list[str]:
+    """Names of the tiny models that come with the package."""
+    return sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
+
+
+def locate(name: str) -> tuple[str, str]:
+    """(source, location) of a model name without loading it: bundled, folder or hub.
+
+    LookupError for a name that can be none of the three; ValueError for a folder that holds no model.
+    """
+    name = str(name)
+    if name in bundled_names():
+        return "bundled", str(BUNDLED / name)
+    if Path(name).expanduser().exists():
+        return "folder", str(_model_folder(Path(name).expanduser()))
+    if "/" not in name and name.lower() in map(str.lower, catalogue.names()):
+        return "hub", catalogue.hub_id(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise LookupError(f"model folder {name!r} does not exist; give a bundled name, an existing folder or a hub id")
+    if name.count("/") == 1 and all(name.split("/")):
+        return "hub", name
+    known = [*bundled_names(), *catalogue.names()]
+    raise LookupError(unknown("model", name, known) + " (or a local folder, or a hub id like owner/name)")
+
+
+def _model_folder(folder: Path) -> Path:
+    if folder.is_file():
+        raise ValueError(
+            f"model must be a folder, got the file {str(folder)!r}; name the folder that holds config.json"
+        )
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model" / "config.json").is_file():  # a run directory: its model
+        return folder / "model"
+    raise ValueError(f"{str(folder)!r} is no model: it has no config.json; name a folder written by save_pretrained")
+
+
+def load_config(name: str):
+    """The transformers config of a model name; no weights are read."""
+    from transformers import AutoConfig
+
+    source, location = locate(name)
+    with _clear_errors(name, source):
+        return AutoConfig.from_pretrained(location, local_files_only=source != "hub")
+
+
+def load_model(
+    name: str, *, device: str | None = None, dtype: str = "auto", quantization: Quantization | None = None
+) -> LoadedModel:
+    """Load a model and its tokenizer, attending through head gates where its architecture allows; saved gates closed.
+
+    `name`: bundled name, local folder (also a run directory) or hub id. `dtype`: auto (by device), stored (as in the file), float32, bfloat16 or
+    float16. `quantization`: 8bit or 4bit (nf4, double quantisation) by bitsandbytes. Only safetensors are read and no
+    code from the model's folder is run. LookupError for an unknown name, ValueError for files that are no model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise LookupError(unknown("dtype", dtype, DTYPES))
+    if quantization is not None and quantization not in get_args(Quantization):
+        raise LookupError(unknown("quantization", quantization, get_args(Quantization)))
+    source, location = locate(name)
+    device = device or runtime.device()
+    chosen = DTYPES[dtype] or runtime.dtype_for(device)
+    options = {"dtype": chosen, "use_safetensors": True, "local_files_only": source != "hub"}
+    if quantization:
+        options |= {"quantization_config": _quantization(quantization, chosen), "device_map": {"": device}}
+    tokenizer = load_tokenizer(name)
+    with _clear_errors(name, source):
+        model, loading = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        missing = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+        raise ValueError(
+            f"{name!r} lacks weights its config asks for: {', '.join(missing[:5])} ({len(missing)} in all)"
+        )
+    if not quantization:
+        model.to(device)
+    model.eval()
+    if is_supported(model):
+        attention.install(model)
+        load_gates(model, location)
+    return LoadedModel(model, tokenizer, str(name), source)
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model name. One without a pad token stays as it is: padding here goes by attention mask."""
+    from transformers import AutoTokenizer
+
+    source, location = locate(name)
+    with _clear_errors(name, source):
+        tokenizer = AutoTokenizer.from_pretrained(location, local_files_only=source != "hub")
+    tokenizer.model_max_length = int(1e30)  # windows are cut by data.py; no warning about long texts
+    return tokenizer
+
+
+def _quantization(kind: Quantization, compute: torch.dtype):
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+@contextmanager
+def _clear_errors(name: str, source: str) -> Iterator[None]:
+    """Turns what transformers and safetensors raise for unusable files into one line that names the model."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{name!r} holds a corrupt safetensors file ({error}); copy the model again") from error
+    except ImportError as error:
+        raise ValueError(f"{name!r} needs a package that is missing: {_first_line(error)}") from error
+    except OSError as error:
+        way_out = "only safetensors are read: save it again with save_pretrained"
+        if source == "hub":
+            way_out = f"check the connection and the id, or use a bundled model: {', '.join(bundled_names())}"
+        raise ValueError(f"cannot load {name!r}: {_first_line(error)}; {way_out}") from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"cannot load {name!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
+    """Write a model that plain transformers loads and computes the same with; closed heads also lie in head_gates.json.
+
+    The files are written to a folder beside and renamed, so a folder under its final name is complete.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"model folder {str(folder)!r} is not empty; choose another one")
+    closed = attention.closed_heads(model) if is_supported(model) else []
+    state = attention.state_dict_without_closed_heads(model) if closed else None
+    beside = folder.with_name(folder.name + ".part")
+    beside.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(beside, state_dict=state)
+    tokenizer.save_pretrained(beside)
+    if closed:
+        save_gates(model, beside)
+    if folder.exists():
+        folder.rmdir()
+    beside.rename(folder)
+    return folder
+
+
+def save_gates(model: nn.Module, folder: str | Path) -> None:
+    """Write the closed heads beside the weights."""
+    geo = geometry(model.config)
+    closed = [list(head) for head in attention.closed_heads(model)]
+    content = {"format": GATES_FORMAT, "layers": geo.layers, "heads": geo.heads, "closed_heads": closed}
+    records.write_json(Path(folder) / GATES_FILE, content)
+
+
+def load_gates(model: nn.Module, folder: str | Path) -> None:
+    """Close the heads that lie beside the weights, if any. ValueError where they were saved for another geometry."""
+    path = Path(folder) / GATES_FILE
+    if not path.is_file():
+        return
+    content, geo = records.read_json(path), geometry(model.config)
+    if content.get("format") != GATES_FORMAT:
+        raise ValueError(f"{str(path)!r} has format {content.get('format')!r}, expected {GATES_FORMAT}")
+    if (content["layers"], content["heads"]) != (geo.layers, geo.heads):
+        raise ValueError(
+            f"{str(path)!r} is for {content['layers']} layers of {content['heads']} heads, "
+            f"the model has {geo.layers} of {geo.heads}"
+        )
+    attention.close_heads(model, content["closed_heads"])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over all weights (name, dtype, shape, bytes, sorted by name) and the closed heads: what decides the output."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    closed = attention.closed_heads(model) if is_supported(model) else []
+    digest.update(repr(closed).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """sha256 over the whole fast tokenizer (vocabulary, merges, special tokens, post-processing)."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def parameters(model: nn.Module) -> int:
+    """Parameters of the model, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def max_positions(model_or_config) -> int | None:
+    """Longest text in tokens that the model's positions allow; None where the config names no limit."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return getattr(config, "max_position_embeddings", None)

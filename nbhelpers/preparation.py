@@ -1,0 +1,128 @@
+"""What does a model need before it is trained, and what is undone afterwards?
+
+Float32 masters of what is trained, adapters for LoRA, flags and settings: all of it for the time of training only. The
+object that was given is the object that comes back, with trained weights and otherwise as it was.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbhelpers import data
+
+
+@contextmanager
+def prepared(model: nn.Module, config: Any, precision: str) -> Iterator[nn.Module]:
+    """The module to train: the model itself, or for lora the model wrapped by peft.
+
+    Whatever is trained is float32 (with precision fp32 also what is not). Afterwards, also after an error: number
+    formats, requires_grad, training mode, use_cache and activation checkpointing are as before, and adapters that were
+    not merged are gone.
+    """
+    if getattr(model, "quantization_method", None) is not None:
+        raise ValueError(
+            f"method {config.method!r} cannot train 8- or 4-bit weights; load the model with quantization=None"
+        )
+    before = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
+    was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    try:
+        for parameter, _, _ in before:
+            if config.method == "full" or precision == "fp32":
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(config.method == "full")
+        trainable = with_adapters(model, config) if config.method == "lora" else model
+        if config.gradient_checkpointing:  # after the adapters: peft would set the same hook a second time, for good
+            _checkpoint_activations(model)
+        yield trainable
+    finally:
+        _unload_adapters(model)
+        if config.gradient_checkpointing:
+            _keep_activations(model)
+        for parameter, requires_grad, dtype in before:
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(requires_grad)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        model.train(was_training)
+        model.__dict__.pop("_is_accelerate_prepared", None)
+
+
+def with_adapters(model: nn.Module, config: Any) -> nn.Module:
+    """The model with a LoRA adapter on each linear layer but the output embedding (peft's "all-linear")."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    settings = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2: (in, out) weights
+    )
+    with warnings.catch_warnings():  # peft 0.21 asks transformers for a property under its old name
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+        return get_peft_model(model, settings)
+
+
+def merge(trained: nn.Module, row: dict[str, torch.Tensor]) -> float:
+    """Put adapters into the weights of a peft model. Returns largest |logit change| / largest |logit| on one row."""
+    trained.eval()
+    adapted = _logits(trained, row)
+    merged = _logits(trained.merge_and_unload(safe_merge=True), row)
+    return float((merged - adapted).abs().max() / adapted.abs().max())
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, row: dict[str, torch.Tensor]) -> torch.Tensor:
+    batch = data.collate([row], next(model.parameters()).device)
+    return model(input_ids=batch["input_ids"], use_cache=False).logits.float()
+
+
+def left_out(model: nn.Module, total: int) -> dict[str, float]:
+    """Matrices without an adapter, embeddings aside: name with * for layer numbers -> share of `total` parameters.
+
+    model: the inner model while it carries adapters. Experts held as 3-D parameters (Mixtral) are no linear layers.
+    """
+    embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
+    positions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    shares: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        adapted = ".lora_" in name or ".base_layer." in name
+        if parameter.ndim >= 2 and not adapted and id(parameter) not in embeddings | positions:
+            pattern = re.sub(r"\.\d+\.", ".*.", name)
+            shares[pattern] = shares.get(pattern, 0.0) + parameter.numel() / total
+    return shares
+
+
+def _unload_adapters(model: nn.Module) -> None:
+    """Take adapters that were not merged (an error came first) out again: the weights are then the untrained ones."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in reversed(adapters):  # inner ones first: experts carry an adapter around another one
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
+    model.__dict__.pop("peft_config", None)
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _keep_activations(model: nn.Module) -> None:
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()

@@ -1,0 +1,85 @@
+"""What was found, as one page that needs nothing else? Runs in, a self-contained index and an archive out."""
+
+from __future__ import annotations
+
+import base64
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment
+
+from nbhelpers import plots
+from nbhelpers.records import write_atomic
+from nbhelpers.tracking import Run
+
+LARGE_MODEL = 50 * 2**20  # model files above this stay out of the archive, which says so
+FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # the same archive for the same files
+
+INDEX = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What was found</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 46rem; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem }
+img { max-width: 100%; height: auto } .note { color: #666; font-size: .9rem } .failed { color: #b00020; font-weight: 600 }
+ul { padding-left: 1.1rem } li { margin: .15rem 0 } code { font-size: .85rem; overflow-wrap: anywhere }
+</style></head><body><h1>What was found</h1>
+{% for entry in entries %}<section><h2>{{ entry.title }}</h2>
+{% if entry.error %}<p class="failed">{{ entry.error }}</p>{% endif %}
+{% for run in entry.runs %}<p>{{ run.headline }}</p>
+{% if run.generated %}<p class="note">On text that this project generated itself.</p>{% endif %}
+{% if run.figure %}<img alt="{{ run.headline }}" src="data:image/png;base64,{{ run.figure }}">{% endif %}
+<ul>{% for fact in run.facts %}<li{% if not fact.ok %} class="failed"{% endif %}>
+{{ "holds" if fact.ok else "FAILED" }}: {{ fact.says }} <span class="note">({{ fact.saw }})</span></li>{% endfor %}</ul>
+<p class="note"><code>{{ run.folder }}</code></p>{% endfor %}</section>{% endfor %}
+</body></html>
+"""
+
+
+def index_page(entries: Sequence[dict], path: str | Path) -> Path:
+    """Write the index of notebooks that ran. entries: {"title", "error" or None, "runs": list[Run]}."""
+    shown = [entry | {"runs": [_run_entry(run) for run in entry["runs"]]} for entry in entries]
+    page = Environment(autoescape=True).from_string(INDEX).render(entries=shown)
+    write_atomic(path, page)
+    return Path(path)
+
+
+def _run_entry(run: Run) -> dict:
+    if run.result is None:
+        return {"headline": f"{run.name}: {run.status}", "facts": [], "folder": run.folder.name, "figure": None}
+    figure = plots.png(plots.stages(run.result)) if run.kind == "pruning" else None
+    return {
+        "headline": headline(run),
+        "generated": run.result["text"]["generated"],
+        "facts": run.result["facts"],
+        "folder": run.folder.name,
+        "figure": base64.b64encode(figure).decode() if figure else None,
+    }
+
+
+def headline(run: Run) -> str:
+    """One sentence a run."""
+    return run.result["verdict"] if run.result else f"{run.name}: {run.status}"
+
+
+def archive(folder: str | Path, name: str = "results.zip") -> Path:
+    """Everything in `folder` as one zip in it; weights above 50 MB are left out and named in LEFT_OUT.txt."""
+    folder = Path(folder)
+    target, beside, left_out = folder / name, folder / f".{name}.part", []
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as bundle:
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file() or path in (target, beside):
+                continue
+            inside = path.relative_to(folder).as_posix()
+            if path.suffix == ".safetensors" and path.stat().st_size > LARGE_MODEL:
+                left_out.append(f"{inside} ({path.stat().st_size} bytes)")
+                continue
+            entry = zipfile.ZipInfo(inside, FIXED_TIME)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with path.open("rb") as source, bundle.open(entry, "w") as sink:
+                while chunk := source.read(2**20):
+                    sink.write(chunk)
+        if left_out:
+            bundle.writestr(zipfile.ZipInfo("LEFT_OUT.txt", FIXED_TIME), "\n".join(left_out) + "\n")
+    beside.replace(target)
+    return target

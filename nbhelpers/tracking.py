@@ -1,0 +1,922 @@
+"""What a run leaves behind and how it is read: the run directory.
+
+Standard library only, so that it works where nothing else does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+from nbhelpers.records import (
+    NOT_FINITE,
+    append_line,
+    check_output_folder,
+    plain,
+    read_json,
+    read_lines,
+    restore,
+    sha256_json,
+    slug,
+    write_json,
+)
+from nbhelpers.registry import unknown
+
+FORMAT = 1
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+STATUSES = ("running", "finished", "failed", "diverged", "interrupted")
+_log = logging.getLogger(__name__)
+
+
+class Diverged(RuntimeError):
+    """The training left finite numbers for good: the run ends with status diverged."""
+
+
+class Interrupted(RuntimeError):
+    """Somebody pressed Stop: the run ends with status interrupted."""
+
+
+# --- what goes in ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class ExperimentConfig:
+    """Name, kind and any hyperparameters of a run, frozen all the way down; values must have a JSON form.
+
+    >>> config = ExperimentConfig(name="x", learning_rate=1e-3)
+    >>> config.learning_rate
+    0.001
+    """
+
+    name: str
+    kind: str
+    hyperparameters: Mapping[str, Any]
+
+    def __init__(self, name: str, kind: str = "experiment", **hyperparameters: Any) -> None:
+        for label, value in (("name", name), ("kind", kind)):
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{label} must be a text that is not empty, got {value!r}")
+        for key in hyperparameters:
+            if key.startswith("_") or key == NOT_FINITE or hasattr(type(self), key) or key == "hyperparameters":
+                raise ValueError(f"hyperparameter {key!r} has a name that a config needs for itself: rename it")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "hyperparameters", _freeze(restore(plain(hyperparameters))))
+
+    @classmethod
+    def from_dict(cls, values: Any) -> ExperimentConfig:
+        """The config of a mapping, a dataclass or a pydantic model with a `name`; the inverse of `to_dict`."""
+        values = restore(plain(values))
+        if not isinstance(values, dict) or "name" not in values:
+            raise ValueError(f"a config needs a name, got {values!r}: pass ExperimentConfig(name=...)")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, kind and hyperparameters side by side, in strict JSON values."""
+        return plain({"name": self.name, "kind": self.kind, **self.hyperparameters})
+
+    @property
+    def sha256(self) -> str:
+        return sha256_json(self.to_dict())
+
+    def __getattr__(self, key: str) -> Any:
+        values = self.__dict__.get("hyperparameters", {})
+        if key in values:
+            return values[key]
+        if key.startswith("__"):
+            raise AttributeError(key)
+        raise AttributeError(unknown("config field", key, ["name", "kind", *values]))
+
+    def __repr__(self) -> str:
+        inside = {"name": self.name, "kind": self.kind, **self.hyperparameters}
+        return f"ExperimentConfig({', '.join(f'{key}={value!r}' for key, value in inside.items())})"
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def __reduce__(self) -> tuple:
+        return ExperimentConfig.from_dict, (self.to_dict(),)
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, dict):
+        return MappingProxyType({key: _freeze(inner) for key, inner in value.items()})
+    return tuple(_freeze(inner) for inner in value) if isinstance(value, list) else value
+
+
+@dataclass
+class MetricsSnapshot:
+    """One line of metrics.jsonl: the known measures, and anything else under its own name in `metrics`.
+
+    wallclock_time: seconds since the start of the first attempt, time between attempts left out. A measure that was
+    not taken is None and not written; 0.0 is a measure. `stage` keeps apart steps of several trainings in one run.
+    """
+
+    iteration: int
+    gradient_step: int
+    wallclock_time: float
+    train_loss: float | None = None
+    val_loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_sec: float | None = None
+    iter_time_ms: float | None = None
+    attempt: int = 1
+    stage: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        known = {key: value for key, value in vars(self).items() if key != "metrics" and value is not None}
+        return plain({**known, **self.metrics})
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> MetricsSnapshot:
+        values = restore(dict(row))
+        known = {key: values.pop(key) for key in list(values) if key in _SNAPSHOT_FIELDS}
+        return cls(**known, metrics=values)
+
+
+_SNAPSHOT_FIELDS = tuple(key for key in MetricsSnapshot.__dataclass_fields__ if key != "metrics")
+_MEASURES = ("train_loss", "val_loss", "learning_rate", "tokens_per_sec", "iter_time_ms")
+
+
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+MASK = "***"
+_SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
+_HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
+
+
+class Redactor:
+    """Masks secrets in text: values of environment variables named like a token or key, and hub tokens."""
+
+    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
+        environ = os.environ if environ is None else environ
+        # shorter values ("1", "false" of TOKENIZERS_PARALLELISM) are settings, and masking them would garble the record
+        self._values = sorted(
+            {
+                value
+                for name, value in environ.items()
+                if re.search("TOKEN|KEY|SECRET|PASSWORD", name.upper()) and len(value) >= 6
+            },
+            key=len,
+            reverse=True,
+        )
+
+    def text(self, text: str) -> str:
+        for value in self._values:
+            text = text.replace(value, MASK)
+        return _HUB_TOKEN.sub(MASK, text)
+
+    def value(self, value: Any) -> Any:
+        """All texts inside a JSON value; names stay."""
+        if isinstance(value, dict):
+            return {key: self.value(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.value(inner) for inner in value]
+        return self.text(value) if isinstance(value, str) else value
+
+    def command(self, arguments: list[str]) -> list[str]:
+        """A command line: also what follows --token, --hf-token, `-p hf_token`, and what begins with hf_."""
+        masked: list[str] = []
+        hide, before = False, ""
+        for argument in map(str, arguments):
+            name, equals, _ = argument.partition("=")
+            named = (name.startswith("-") or before == "-p" or equals) and _names_secret(name)
+            if hide:
+                masked.append(MASK)
+            elif named:
+                masked.append(f"{name}={MASK}" if equals else argument)
+            else:
+                masked.append(MASK if argument.startswith("hf_") else self.text(argument))
+            hide = not hide and bool(named) and not equals
+            before = argument
+        return masked
+
+
+def _names_secret(name: str) -> bool:
+    return re.split(r"[-_]", name.lower())[-1] in _SECRET_WORDS
+
+
+# --- who is at work -------------------------------------------------------------------------------------------------
+
+
+def _utc() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _process_state(pid: int) -> tuple[str, int] | None:
+    """State letter and start (clock ticks since boot) of a process, where /proc tells."""
+    try:
+        numbers = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return numbers[0], int(numbers[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _this_process() -> dict[str, Any]:
+    state = _process_state(os.getpid())
+    return {"host": platform.node(), "pid": os.getpid(), "process_start": state[1] if state else None, "utc": _utc()}
+
+
+def _is_dead(owner: Mapping[str, Any]) -> bool:
+    """True only where it is certain: same host, and the process is gone (or its number was given to another one)."""
+    pid = owner.get("pid")
+    if owner.get("host") != platform.node() or not isinstance(pid, int) or os.name == "nt":
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    state = _process_state(pid)
+    started = owner.get("process_start")
+    return state is not None and (state[0] in "ZX" or (started is not None and started != state[1]))
+
+
+def _age_seconds(owner: Mapping[str, Any]) -> float:
+    try:
+        return time.time() - datetime.fromisoformat(owner["utc"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return float("inf")
+
+
+def _is_alive(owner: Mapping[str, Any]) -> bool:
+    return _age_seconds(owner) <= STALE_SECONDS and not _is_dead(owner)
+
+
+def _read_owner(path: Path) -> dict[str, Any]:
+    """What a lock or heartbeat says; a torn one says only when it was written; a missing one says nothing."""
+    try:
+        value = read_json(path)
+        return value if isinstance(value, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        with contextlib.suppress(FileNotFoundError):
+            return {"utc": datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()}
+        return {}
+
+
+class RunLock:
+    """One live process in a run directory: a file `lock`, made with O_EXCL, that says who holds it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "lock"
+        self.token = secrets.token_hex(8)
+        self._mark: tuple[int, int] | None = None
+
+    def acquire(self) -> dict[str, Any] | None:
+        """Take the lock; returns the stale owner it was taken from, if any. A live owner is a ValueError."""
+        with _one_at_a_time(self.path.parent):
+            stale = None
+            if self.path.exists():
+                stale = self._stale_owner()
+                self.path.unlink(missing_ok=True)
+            self._create()
+        return stale
+
+    def _stale_owner(self) -> dict[str, Any]:
+        owner = _read_owner(self.path)
+        beat = _read_owner(self.path.with_name("heartbeat.json"))
+        same = (beat.get("host"), beat.get("pid")) == (owner.get("host"), owner.get("pid"))
+        latest = min([owner, beat], key=_age_seconds) if same else owner
+        if _is_alive({**owner, "utc": latest.get("utc")}):
+            self._refuse(owner)
+        return owner
+
+    def _create(self) -> None:
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            self._refuse(_read_owner(self.path))
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            json.dump({**_this_process(), "token": self.token}, file)
+        self._mark = self._stat()
+
+    def _refuse(self, owner: Mapping[str, Any]) -> None:
+        who = f"process {owner.get('pid', 'unknown')} on host {owner.get('host', 'unknown')}"
+        raise ValueError(
+            f"run directory '{self.path.parent}' is in use by {who}: wait for it, stop it, or choose another folder"
+        )
+
+    def _stat(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def is_ours(self) -> bool:
+        """False once another process has taken the run directory over (after a long sleep of this one)."""
+        return self._stat() == self._mark or _read_owner(self.path).get("token") == self.token
+
+    def release(self) -> None:
+        if self.is_ours():
+            self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Two processes that find the same stale lock must not both take it; the kernel frees this one with its process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: O_EXCL alone
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a mount without flock: O_EXCL alone
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+# --- log.txt --------------------------------------------------------------------------------------------------------
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt of one run: the library's logging from INFO on, and Python's warnings, in UTC and without secrets."""
+
+    def __init__(self, tracker: ExperimentTracker) -> None:
+        super().__init__(tracker.run_dir / "log.txt", encoding="utf-8", errors="backslashreplace")
+        self._tracker = tracker
+        formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        formatter.converter = time.gmtime
+        self.setFormatter(formatter)
+        self.setLevel(logging.INFO)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._tracker.redactor.text(super().format(record))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        if record.levelno >= logging.WARNING:
+            try:
+                self._tracker.event("warning", logger=record.name, message=record.getMessage())
+            except (OSError, RuntimeError):
+                self.handleError(record)
+
+
+_open_logs: list[_LogFile] = []
+_before_logging: dict[str, Any] = {}
+
+
+def _warn_to_logs(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    text = f"{filename}:{lineno}: {category.__name__}: {message}"
+    for handler in list(_open_logs):
+        handler.handle(logging.LogRecord("py.warnings", logging.WARNING, filename, lineno, text, None, None))
+    _before_logging["showwarning"](message, category, filename, lineno, *rest)
+
+
+def _open_log(handler: _LogFile) -> None:
+    library = logging.getLogger("nbhelpers")
+    if not _open_logs:
+        _before_logging["level"] = library.level
+        if warnings.showwarning is not _warn_to_logs:
+            _before_logging["showwarning"] = warnings.showwarning
+            warnings.showwarning = _warn_to_logs
+        if library.getEffectiveLevel() > logging.INFO:
+            library.setLevel(logging.INFO)
+    _open_logs.append(handler)
+    library.addHandler(handler)
+
+
+def _close_log(handler: _LogFile) -> None:
+    library = logging.getLogger("nbhelpers")
+    library.removeHandler(handler)
+    handler.close()
+    _open_logs.remove(handler)
+    if not _open_logs:
+        library.setLevel(_before_logging["level"])
+        if warnings.showwarning is _warn_to_logs:  # else somebody put theirs on top: ours passes on to the one below
+            warnings.showwarning = _before_logging["showwarning"]
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+_RESULT_KEYS = ("format", "run_id", "status", "summary")
+_EVENT_KEYS = ("utc", "attempt", "wallclock_time", "kind")
+
+
+class ExperimentTracker:
+    """Writes one run directory; use it with `with`, so that a failure is recorded too (and still raised).
+
+    >>> with ExperimentTracker(ExperimentConfig(name="x", learning_rate=1e-3)) as tracker:  # doctest: +SKIP
+    ...     tracker.log_metrics(train_loss=2.5)
+    ...     tracker.finish({"perplexity": 12.2})
+
+    config: an ExperimentConfig, or a dict, dataclass or pydantic model with a `name`.
+    root: folder for a new run directory of its own; run_dir: this very folder instead, missing or empty.
+    resume: go on in `run_dir` if it holds a run that is not finished (its clock, steps and attempts continue).
+    command, environment: what to record instead of this process's own. fingerprints: {"model": sha256, ...}.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        root: str | os.PathLike = "runs",
+        *,
+        run_dir: str | os.PathLike | None = None,
+        resume: bool = False,
+        command: list[str] | None = None,
+        fingerprints: Mapping[str, Any] | None = None,
+        environment: Mapping[str, Any] | None = None,
+    ) -> None:
+        if resume and run_dir is None:
+            raise ValueError("resume=True needs the run directory to go on in: pass run_dir=...")
+        self.config = config if isinstance(config, ExperimentConfig) else ExperimentConfig.from_dict(config)
+        self.redactor = Redactor()
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        self.run_id = f"{slug(self.config.name)}-{moment}-{secrets.token_hex(3)}"
+        self.run_dir = Path(root) / self.run_id if run_dir is None else Path(run_dir)
+        self.status = "new"
+        self.attempt = 1
+        self.iteration: int | None = None
+        self.gradient_step = 0
+        self._resume = resume
+        self._command = sys.argv if command is None else command
+        self._environment = environment
+        self._fingerprints = self.redactor.value(plain(dict(fingerprints or {})))
+        self._manifest: dict[str, Any] = {}
+        self._iterations: dict[str | None, int] = {}
+        self._last: dict[str, Any] = {}
+        self._best: dict[str, Any] = {}
+        self._clock_before = 0.0
+        self._started = 0.0
+        self._guard = threading.RLock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock: RunLock | None = None
+        self._log_file: _LogFile | None = None
+
+    # start and end
+
+    def start(self) -> ExperimentTracker:
+        """Take the run directory and write what is known before any work; a second call is an error."""
+        if self.status != "new":
+            raise RuntimeError(f"run {self.run_id} is {self.status}: make a new tracker to run again")
+        check_output_folder(self.run_dir, self._resume)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(self.run_dir)
+        stale = lock.acquire()
+        self._lock = lock
+        try:
+            self._begin(stale)
+        except BaseException:
+            self.status = "failed"
+            if not (self.run_dir / "manifest.json").exists():  # leave nothing that would stop a second try
+                (self.run_dir / "heartbeat.json").unlink(missing_ok=True)
+            self._let_go()
+            raise
+        return self
+
+    def _begin(self, stale: dict[str, Any] | None) -> None:
+        for left in self.run_dir.glob(".*.tmp"):  # of a process killed while writing; nobody else is here
+            left.unlink(missing_ok=True)
+        continued = (self.run_dir / "manifest.json").exists()
+        self._manifest = self._earlier() if continued else self._first_manifest()
+        self._started = time.monotonic()
+        self.status = "running"
+        self._manifest["status"] = "running"
+        self._manifest["attempts"].append(
+            {**_this_process(), "attempt": self.attempt, "status": "running", "command": self._masked_command()}
+        )
+        self._beat()
+        self.save()
+        self._log_file = _LogFile(self)
+        _open_log(self._log_file)
+        self.event("attempt" if continued else "start", config_sha256=self._manifest["config_sha256"])
+        if stale is not None:
+            self.event("lock_taken_over", **{f"from_{key}": stale.get(key) for key in ("host", "pid", "utc")})
+        self._thread = threading.Thread(target=self._keep_beating, name="nbhelpers-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _masked_command(self) -> list[str]:
+        return self.redactor.command(list(self._command))
+
+    def _first_manifest(self) -> dict[str, Any]:
+        strange = {path.name for path in self.run_dir.iterdir()} - {"lock", "heartbeat.json", "log.txt"}
+        if strange:
+            raise ValueError(
+                f"'{self.run_dir}' holds {sorted(strange)[0]!r} but no manifest.json, so it is no run to resume: "
+                "choose another folder"
+            )
+        environment = self._environment
+        if environment is None:
+            from nbhelpers.runtime import environment as found
+
+            environment = found()
+        config = self.redactor.value(self.config.to_dict())
+        return {
+            "format": FORMAT,
+            "run_id": self.run_id,
+            "name": config["name"],
+            "kind": config["kind"],
+            "config": config,
+            "config_sha256": sha256_json(config),
+            "status": "running",
+            "attempts": [],
+            "environment": self.redactor.value(plain(environment)),
+            "fingerprints": self._fingerprints,
+            "command": self._masked_command(),
+            "created": _utc(),
+        }
+
+    def _earlier(self) -> dict[str, Any]:
+        """The manifest of the run to go on with; its steps and clock become ours."""
+        if not self._resume:  # another process finished here between our look and our lock
+            raise ValueError(
+                f"output folder '{self.run_dir}' is not empty: choose another folder or resume it (--resume)"
+            )
+        run = read_run(self.run_dir)
+        if run.result is not None:
+            raise ValueError(f"run directory '{self.run_dir}' is finished, nothing to resume: choose another folder")
+        _refuse_changes("config", run.config, self.redactor.value(self.config.to_dict()), self.run_dir)
+        self._check_fingerprints(run.manifest["fingerprints"])
+        manifest = run.manifest
+        for attempt in manifest["attempts"]:
+            if attempt["status"] == "running":
+                attempt["status"] = "interrupted"
+        self.run_id = manifest["run_id"]
+        manifest["fingerprints"].update(self._fingerprints)
+        rows, _ = read_lines(self.run_dir / "metrics.jsonl")
+        clocks = [*rows, *run.events, *manifest["attempts"], _read_owner(self.run_dir / "heartbeat.json")]
+        self._clock_before = max((line.get("wallclock_time") or 0.0 for line in clocks), default=0.0)
+        self.attempt = 1 + max((line.get("attempt", 0) for line in [*rows, *manifest["attempts"]]), default=0)
+        for row in rows:
+            self._remember(MetricsSnapshot.from_dict(row))
+        return manifest
+
+    def _check_fingerprints(self, recorded: dict[str, Any]) -> None:
+        both = recorded.keys() & self._fingerprints.keys()
+        _refuse_changes(
+            "fingerprints",
+            {key: recorded[key] for key in both},
+            {key: self._fingerprints[key] for key in both},
+            self.run_dir,
+        )
+
+    def set_fingerprints(self, **fingerprints: Any) -> None:
+        """Record what was loaded after the start (model, tokenizer, data, masks); a changed one is a ValueError."""
+        with self._guard:
+            self._check_active()
+            self._fingerprints = self.redactor.value(plain(fingerprints))
+            self._check_fingerprints(self._manifest["fingerprints"])
+            self._manifest["fingerprints"].update(self._fingerprints)
+            self.save()
+
+    def finish(self, result: Mapping[str, Any] | None = None, status: str = "finished") -> None:
+        """End the run: the manifest first, and for a finished run result.json last, with `result` in it.
+
+        Other status words (failed, diverged, interrupted) leave no result.json.
+        """
+        if status not in STATUSES[1:]:
+            near = get_close_matches(status, STATUSES[1:], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise LookupError(f"unknown status {status!r}.{hint} Available: {', '.join(STATUSES[1:])}")
+        self._check_active()
+        if status != "finished" and result is not None:
+            raise ValueError(
+                f"a {status} run has no result: record it with event(...) or finish with status 'finished'"
+            )
+        content = plain(dict(result or {}))
+        for key in _RESULT_KEYS:
+            if key in content:
+                raise ValueError(f"result key {key!r} belongs to the tracker: rename it")
+        self._end(status, content)
+
+    def _end(self, status: str, result: dict[str, Any]) -> None:
+        try:
+            with self._guard:
+                self.event("stop", status=status)
+                self.status = status
+                self._manifest["status"] = status
+                self._manifest["attempts"][-1].update(status=status, ended=_utc(), wallclock_time=self.seconds())
+                self.save()
+                if status == "finished":
+                    own = {"format": FORMAT, "run_id": self.run_id, "status": status, "summary": self.summary()}
+                    write_json(self.run_dir / "result.json", {**own, **result})
+        except BaseException:
+            self.status = "failed"
+            raise
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=HEARTBEAT_SECONDS)
+        if self._log_file is not None:
+            _close_log(self._log_file)
+            self._log_file = None
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> ExperimentTracker:
+        return self.start() if self.status == "new" else self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.status != "running":
+            return
+        if error is None:
+            self.finish()
+            return
+        status = "diverged" if isinstance(error, Diverged) else "failed"
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            status = "interrupted"
+        text = "".join(traceback.format_exception(kind, error, trace))
+        try:
+            self.event("error", type=type(error).__name__, message=str(error), traceback=text)
+        except (OSError, RuntimeError) as second:  # the full disk that ended the run: the first error matters more
+            error.add_note(f"the error could not be recorded in '{self.run_dir}' ({second})")
+        try:
+            self._end(status, {})
+        except (OSError, RuntimeError) as second:
+            error.add_note(f"the status {status} could not be recorded in '{self.run_dir}' ({second})")
+
+    # while it runs
+
+    def log_metrics(self, iteration: int | None = None, *, stage: str | None = None, **metrics: Any) -> MetricsSnapshot:
+        """Append one snapshot. Without `iteration` it is the one after the last (of this stage), from 0.
+
+        metrics: any of the known measures or your own names; NumPy and torch scalars work; NaN becomes null and a flag.
+        `gradient_step=` sets the counter (as when a checkpoint is resumed).
+        """
+        return self._log(iteration, stage, metrics, step_on=1)
+
+    def log_eval(self, iteration: int | None = None, *, stage: str | None = None, **metrics: Any) -> MetricsSnapshot:
+        """Append measures taken at the current iteration, such as val_loss; they join its other measures when read."""
+        return self._log(iteration, stage, metrics, step_on=0)
+
+    def _log(self, iteration: Any, stage: str | None, metrics: dict[str, Any], step_on: int) -> MetricsSnapshot:
+        for key in ("attempt", "wallclock_time", NOT_FINITE):
+            if key in metrics:
+                raise ValueError(f"metric {key!r} belongs to the tracker: rename it")
+        with self._guard:
+            self._check_active()
+            if iteration is None:
+                iteration = max(self._iterations.get(stage, -step_on) + step_on, 0)
+            if "gradient_step" in metrics:
+                self.gradient_step = _whole("gradient_step", metrics.pop("gradient_step"))
+            row = {
+                "attempt": self.attempt,
+                "iteration": _whole("iteration", iteration),
+                "gradient_step": self.gradient_step,
+                "wallclock_time": self.seconds(),
+                **({} if stage is None else {"stage": stage}),
+                **plain({key: value for key, value in metrics.items() if value is not None}),
+            }
+            append_line(self.run_dir / "metrics.jsonl", row)
+            snapshot = MetricsSnapshot.from_dict(row)
+            self._remember(snapshot)
+        return snapshot
+
+    def _remember(self, snapshot: MetricsSnapshot) -> None:
+        self.iteration = self._iterations[snapshot.stage] = snapshot.iteration
+        self.gradient_step = snapshot.gradient_step
+        prefix = f"{snapshot.stage}/" if snapshot.stage else ""
+        known = {key: getattr(snapshot, key) for key in _MEASURES if getattr(snapshot, key) is not None}
+        for key, value in {**known, **snapshot.metrics}.items():
+            self._last[prefix + key] = value
+        if snapshot.val_loss is not None:
+            loss, best = float(snapshot.val_loss), self._best.get(f"{prefix}val_loss")
+            if loss == loss and (best is None or loss < best["value"]):
+                self._best[f"{prefix}val_loss"] = {"value": loss, "iteration": snapshot.iteration}
+
+    def increment_gradient_step(self, n: int = 1) -> int:
+        """Count `n` optimizer steps; returns the new count."""
+        with self._guard:
+            self.gradient_step += _whole("n", n)
+            return self.gradient_step
+
+    def event(self, kind: str, **data: Any) -> None:
+        """Append one line to events.jsonl: a stage or memory mark, a warning, an out-of-memory or NaN event."""
+        for key in data:
+            if key in _EVENT_KEYS:
+                raise ValueError(f"event field {key!r} belongs to the tracker: rename it")
+        self._check_active()
+        row = {"utc": _utc(), "attempt": self.attempt, "wallclock_time": self.seconds(), "kind": kind}
+        append_line(self.run_dir / "events.jsonl", {**row, **self.redactor.value(plain(data))})
+
+    def seconds(self) -> float:
+        """Seconds at work since the start of the first attempt."""
+        return round(self._clock_before + time.monotonic() - self._started, 6)
+
+    def save(self) -> None:
+        """Write the manifest as it is now, atomically."""
+        with self._guard:
+            self._check_owner()
+            write_json(self.run_dir / "manifest.json", self._manifest)
+
+    def summary(self) -> dict[str, Any]:
+        """Where the run stands: status, steps, seconds, the last value of each metric and the best val_loss."""
+        with self._guard:
+            return plain(
+                {
+                    "run_id": self.run_id,
+                    "name": self.config.name,
+                    "kind": self.config.kind,
+                    "status": self.status,
+                    "attempt": self.attempt,
+                    "iteration": self.iteration,
+                    "gradient_step": self.gradient_step,
+                    "wallclock_time": self.seconds() if self._started else 0.0,
+                    "last": dict(self._last),
+                    "best": dict(self._best),
+                }
+            )
+
+    def print_summary(self) -> None:
+        """The summary for people, one fact a line."""
+        facts = self.summary()
+        last, best = facts.pop("last"), facts.pop("best")
+        facts |= {f"last {key}": value for key, value in last.items()}
+        facts |= {f"best {key}": f"{found['value']} at iteration {found['iteration']}" for key, found in best.items()}
+        width = max(map(len, facts))
+        for key, value in facts.items():
+            print(f"{key:<{width}}  {value}")  # noqa: T201 - the one published name that prints
+
+    def _check_active(self) -> None:
+        if self.status != "running":
+            way = "use `with tracker:` or call start()" if self.status == "new" else "make a new tracker to run again"
+            raise RuntimeError(f"run {self.run_id} is {self.status}, not running: {way}")
+        self._check_owner()
+
+    def _check_owner(self) -> None:
+        if self._lock is None or not self._lock.is_ours():
+            raise RuntimeError(
+                f"run directory '{self.run_dir}' was taken over by another process: nothing more is written"
+            )
+
+    def _beat(self) -> None:
+        beat = {**_this_process(), "attempt": self.attempt, "wallclock_time": self.seconds()}
+        write_json(self.run_dir / "heartbeat.json", beat, durable=False)
+
+    def _keep_beating(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            try:
+                self._check_owner()
+                self._beat()
+            except RuntimeError as error:
+                _log.warning("%s", error)
+                return
+            except OSError as error:
+                _log.warning("no heartbeat could be written in '%s' (%s)", self.run_dir, error)
+
+
+def _whole(name: str, value: Any) -> int:
+    number = plain(value)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
+    return number
+
+
+def _refuse_changes(what: str, old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> None:
+    if sha256_json(old) == sha256_json(new):
+        return
+    absent = "absent"
+    pairs = {key: (old.get(key, absent), new.get(key, absent)) for key in [*old, *(k for k in new if k not in old)]}
+    said = ", ".join(f"{key} was {a!r}, is {b!r}" for key, (a, b) in pairs.items() if _differ(a, b))
+    raise ValueError(
+        f"the {what} of run directory '{run_dir}' cannot change on resume ({said}): "
+        "resume with the same one or choose another folder"
+    )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return sha256_json(a) != sha256_json(b)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run directory as read. metrics: one row a step (and stage), from the highest attempt that took it."""
+
+    folder: Path
+    run_id: str
+    name: str
+    kind: str
+    config: dict[str, Any]
+    status: str
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    manifest: dict[str, Any]
+    torn: dict[str, int]
+
+    def curve(self, metric: str, stage: str | None = None) -> tuple[list[int], list[Any]]:
+        """(iterations, values) of one metric where it was taken; LookupError names the known metrics."""
+        known = sorted({key for row in self.metrics for key in row} - {"attempt", "iteration", "stage", NOT_FINITE})
+        if metric not in known:
+            raise LookupError(unknown("metric", metric, known))
+        rows = [row for row in self.metrics if metric in row and row.get("stage") == stage]
+        return [row["iteration"] for row in rows], [row[metric] for row in rows]
+
+
+def read_run(folder: str | os.PathLike) -> Run:
+    """Read a run directory, also while it is being written. Torn lines are skipped and counted in `torn`.
+
+    ValueError where there is no manifest.json, or it is broken or of a newer format.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    metrics, torn_metrics = read_lines(folder / "metrics.jsonl")
+    events, torn_events = read_lines(folder / "events.jsonl")
+    torn = {"metrics": torn_metrics, "events": torn_events, "result": 0}
+    result = None
+    try:
+        result = read_json(folder / "result.json")
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        torn["result"] = 1
+    steps, strange = _once_each(metrics)
+    torn["metrics"] += strange
+    return Run(
+        folder=folder,
+        run_id=manifest["run_id"],
+        name=manifest["name"],
+        kind=manifest["kind"],
+        config=manifest["config"],
+        status=_status(folder, manifest, result),
+        metrics=steps,
+        events=events,
+        result=result,
+        manifest=manifest,
+        torn=torn,
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"'{folder}' is not a run directory (no manifest.json): name the folder of a run") from None
+    needed = ("run_id", "name", "kind", "config", "status", "attempts", "fingerprints")
+    if not isinstance(manifest, dict) or any(key not in manifest for key in needed):
+        raise ValueError(f"'{folder}/manifest.json' is not the manifest of a run: it needs {', '.join(needed)}")
+    if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
+        raise ValueError(
+            f"'{folder}' has run format {manifest.get('format')!r}, this version reads up to {FORMAT}: update nbhelpers"
+        )
+    return manifest
+
+
+def _status(folder: Path, manifest: dict[str, Any], result: Any) -> str:
+    if result is not None:
+        return "finished"
+    if manifest["status"] == "finished":  # killed between the manifest and result.json
+        return "interrupted"
+    if manifest["status"] == "running" and not _is_alive(_read_owner(folder / "heartbeat.json")):
+        return "interrupted"
+    return manifest["status"]
+
+
+def _once_each(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Rows by (stage, iteration), those of one attempt merged, and how many rows were no snapshot."""
+    steps: dict[tuple[Any, int], dict[str, Any]] = {}
+    strange = 0
+    for row in rows:
+        if not isinstance(row.get("iteration"), int) or not isinstance(row.get("attempt"), int):
+            strange += 1
+            continue
+        key = (row.get("stage"), row["iteration"])
+        known = steps.get(key)
+        if known is None or row["attempt"] > known["attempt"]:
+            steps[key] = dict(row)
+        elif row["attempt"] == known["attempt"]:
+            _merge(known, row)
+    order = {stage: index for index, stage in enumerate(dict.fromkeys(stage for stage, _ in steps))}
+    return sorted(steps.values(), key=lambda row: (order[row.get("stage")], row["iteration"])), strange
+
+
+def _merge(known: dict[str, Any], row: dict[str, Any]) -> None:
+    flags = {key: flag for key, flag in known.pop(NOT_FINITE, {}).items() if key.partition("[")[0] not in row}
+    flags |= row.get(NOT_FINITE, {})
+    known.update(row)
+    if flags:
+        known[NOT_FINITE] = flags

@@ -1,0 +1,481 @@
+"""Memory is measured, given back and estimated."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from nbhelpers import memory
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+MB = 10**6
+
+
+def in_fresh_process(code: str) -> dict:
+    """Run code that prints one JSON object in a new interpreter: memory of this one has a history."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+MODEL = """
+import gc, json, torch
+torch.set_num_threads(1)
+from nbhelpers import memory
+rss = memory.resident_bytes
+def model(layers=72):  # 72 x 1024 x 1024 float32 = 302 MB, every page written
+    return torch.nn.Sequential(*[torch.nn.Linear(1024, 1024, bias=False) for _ in range(layers)])
+model(1)(torch.ones(1, 1024)).sum().backward(); gc.collect()
+"""
+
+
+# Giving back ----------------------------------------------------------------------------------------------------------
+
+
+def test_release_gives_300_mb_back_although_variables_still_point_to_the_model():
+    seen = in_fresh_process(
+        MODEL
+        + """
+before = rss()
+m = model(); also = m; layer = m[3]; weights = list(m.parameters())
+loaded = rss()
+memory.release(m)
+print(json.dumps({"before": before, "loaded": loaded, "after": rss(), "kept": len(weights)}))
+"""
+    )
+    grown = seen["loaded"] - seen["before"]
+    assert grown == pytest.approx(72 * 4 * 1024**2, rel=0.03)
+    assert seen["after"] - seen["before"] < 0.03 * grown
+    assert seen["kept"] == 72
+
+
+def test_release_gives_gradients_and_optimizer_state_back_too():
+    seen = in_fresh_process(
+        MODEL
+        + """
+def step(m):
+    optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
+    m(torch.ones(1, 1024)).sum().backward()
+    optimizer.step()
+    return optimizer
+step(model(1)); gc.collect()  # what the first step imports is not the model's
+before = rss()
+m = model(24); optimizer = step(m)
+loaded = rss()
+memory.release(m, optimizer)
+print(json.dumps({"before": before, "loaded": loaded, "after": rss()}))
+"""
+    )
+    grown = seen["loaded"] - seen["before"]
+    assert grown > 0.95 * 24 * 16 * 1024**2  # weights, gradients, two moments: 16 bytes a parameter
+    assert seen["after"] - seen["before"] < 0.05 * grown
+
+
+def test_loading_one_after_another_never_holds_two_models_also_after_an_error():
+    seen = in_fresh_process(
+        MODEL
+        + """
+before, high = rss(), []
+for attempt in range(4):
+    try:
+        with memory.loaded(lambda: model(36)) as m:
+            high.append(rss() - before)
+            if attempt % 2:
+                raise KeyError("the error keeps a frame, and the frame the model")
+    except KeyError as error:
+        kept = error
+print(json.dumps({"high": high, "left": rss() - before}))
+"""
+    )
+    one = 36 * 4 * 1024**2
+    assert max(seen["high"]) < 1.1 * one
+    assert seen["left"] < 0.06 * one
+
+
+def test_sequential_is_the_same_as_loaded_and_lets_the_error_through():
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ZeroDivisionError, match="division"), memory.sequential(lambda: model):
+        _ = 1 / 0
+    assert model.weight.numel() == 0
+
+
+def test_nothing_is_released_where_loading_failed():
+    def load():
+        raise OSError("no such model")
+
+    with pytest.raises(OSError, match="no such model"), memory.loaded(load):
+        pytest.fail("the block ran")
+
+
+def test_a_released_model_refuses_to_run_and_says_why():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    memory.release(model)
+    memory.release(model)  # twice does nothing
+    assert sum(t.numel() for t in [*model.parameters(), *model.buffers()]) == 0
+    with pytest.raises(RuntimeError, match="Sequential was released and holds no weights any more; load it again"):
+        model(torch.ones(1, 3))
+
+
+def test_release_lets_go_of_gradients_that_no_optimizer_knows():
+    model = torch.nn.Linear(3, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    weight = model.weight
+    memory.release(model)
+    assert weight.grad is None
+
+
+def test_a_tensor_taken_out_before_stays_valid_after_release():
+    model = torch.nn.Linear(3, 2)
+    kept = model.state_dict()["weight"]
+    expected = kept.clone()
+    memory.release(model)
+    assert torch.equal(kept, expected)
+
+
+def test_release_takes_whatever_holds_a_module():
+    class Loaded:
+        def __init__(self):
+            self.model = torch.nn.Linear(3, 2)
+
+    holder, pair = Loaded(), (torch.nn.Linear(3, 2), "tokenizer")
+    memory.release(holder, pair)
+    assert holder.model.weight.numel() == pair[0].weight.numel() == 0
+
+
+@pytest.mark.parametrize("nothing", [None, "gpt2", {}, (1, 2), []])
+def test_release_of_something_that_holds_no_model_is_an_error(nothing):
+    with pytest.raises(TypeError, match="release takes torch modules, optimizers or what holds a module"):
+        memory.release(nothing)
+
+
+def test_a_quantised_layer_gives_its_packed_weights_and_scales_back():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for layer in (
+        bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type="nf4"),
+        bitsandbytes.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False),
+    ):
+        layer.to("cpu")
+        layer(torch.ones(1, 128))
+        memory.release(layer)
+        gc.collect()
+        assert layer.weight.numel() == 0
+        holders = [layer.weight, getattr(layer.weight, "quant_state", None), getattr(layer, "state", None)]
+        left = [value for holder in holders if holder is not None for value in vars(holder).values()]
+        assert not [value for value in left if isinstance(value, torch.Tensor)]
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def test_free_reports_ram_and_as_many_gpus_as_torch_sees():
+    now = memory.free()
+    assert 0 < now["ram_free"] <= now["ram_total"]
+    assert len(now["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_the_freest_gpu_counts_where_there_is_one_and_ram_where_there_is_none(monkeypatch):
+    gpus = [{"free": 5}, {"free": 9}]
+    monkeypatch.setattr(memory, "free", lambda: {"ram_total": 100, "ram_free": 50, "gpus": gpus})
+    assert memory.available_bytes() == 9
+    gpus.clear()
+    assert memory.available_bytes() == 50
+
+
+def test_free_reads_every_gpu_of_a_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 * (index + 1), 100))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: index)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    assert memory.free()["gpus"] == [
+        {"name": "card 0", "total": 100, "free": 10, "allocated": 0},
+        {"name": "card 1", "total": 100, "free": 20, "allocated": 1},
+    ]
+
+
+def test_peak_sees_what_a_block_held_and_gave_back():
+    seen = in_fresh_process(
+        MODEL
+        + """
+with memory.peak() as outer:
+    with memory.peak() as inner:
+        x = torch.ones(50_000_000); del x
+    with memory.peak() as idle:
+        pass
+with memory.peak(interval_seconds=60) as unsampled:
+    x = torch.ones(100_000_000); del x
+threads = __import__("threading").active_count()
+print(json.dumps([inner.resident_grown, outer.resident_grown, idle.resident_grown,
+                  inner.resident_after - inner.resident_before, threads, unsampled.resident_grown]))
+"""
+    )
+    inner, outer, idle, left, threads, unsampled = seen
+    assert inner == pytest.approx(200 * MB, rel=0.03)
+    assert outer == pytest.approx(200 * MB, rel=0.03)
+    assert idle < 5 * MB
+    assert left < 5 * MB
+    assert threads == 1
+    assert unsampled == pytest.approx(400 * MB, rel=0.03)  # a new high of the process needs no sample
+
+
+def test_a_block_within_a_block_does_not_make_the_outer_one_forget_its_cuda_peak(monkeypatch):
+    held = {"now": 0, "high": 0}
+
+    def hold(size):
+        held["now"] = size
+        held["high"] = max(held["high"], size)
+
+    counters = {
+        "memory_allocated": lambda: held["now"],
+        "max_memory_allocated": lambda: held["high"],
+        "reset_peak_memory_stats": lambda: held.update(high=held["now"]) or 0,
+    }
+    monkeypatch.setattr(memory, "_cuda", lambda counter: counters[counter]())
+    with memory.peak() as outer:
+        hold(100)
+        hold(10)
+        with memory.peak() as inner:
+            hold(30)
+            hold(20)
+    assert (outer.cuda_before, outer.cuda_peak, outer.cuda_after) == (0, 100, 20)
+    assert (inner.cuda_before, inner.cuda_peak, inner.cuda_after) == (10, 30, 20)
+
+
+def test_peak_ends_its_sampler_also_after_an_error():
+    with pytest.raises(ValueError, match="inside"), memory.peak() as mark:
+        raise ValueError("inside")
+    assert mark.resident_after > 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "memory-peak"]
+    assert memory._open_marks == []
+
+
+# Out of memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.0 GB, max allowed: 6.0 GB)"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: not enough memory: you tried to allocate"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_recognised(error):
+    assert memory.is_oom(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("Storage size calculation overflowed"),
+        ValueError("out of memory"),
+        OSError("No space left on device"),
+        KeyboardInterrupt(),
+    ],
+)
+def test_other_errors_are_not_out_of_memory(error):
+    assert not memory.is_oom(error)
+
+
+def test_the_cpu_allocators_own_refusal_is_recognised():
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as caught:
+        torch.empty(1 << 50)
+    assert memory.is_oom(caught.value)
+
+
+# Estimates ------------------------------------------------------------------------------------------------------------
+
+TINY_GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 50}
+
+
+def test_gpt2_is_counted_as_by_pencil_with_its_tied_head_once():
+    block = (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 4 * 8
+    assert memory.parameter_count(TINY_GPT2) == 50 * 8 + 16 * 8 + 2 * block + 2 * 8
+    shape = memory.shape_of(TINY_GPT2)
+    assert shape.quantised == 2 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8)
+    assert shape.adapter_width == 2 * (32 + 16 + 40 + 40)
+    assert (shape.layers, shape.hidden, shape.vocabulary, shape.key_value_width) == (2, 8, 50, 16)
+
+
+def test_grouped_query_attention_leaves_less_in_the_cache():
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 100,
+        "tie_word_embeddings": False,
+    }
+    shape = memory.shape_of(config)
+    assert shape.key_value_width == 2 * 2 * 8
+    assert shape.parameters - shape.quantised == 2 * 100 * 32 + 3 * 32  # embeddings, lm_head, norms
+
+
+def test_counting_takes_a_transformers_config_and_needs_no_weights():
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**TINY_GPT2)
+    assert memory.parameter_count(config) == memory.parameter_count(TINY_GPT2)
+    with pytest.raises(ValueError, match=r"config must name its model_type, got the keys \['n_embd'\]"):
+        memory.parameter_count({"n_embd": 8})
+
+
+def test_the_sum_of_sixteen_bit_inference_can_be_redone_with_a_pencil():
+    shape = memory.Shape(124_439_808, 84_934_656, 147_456, 12, 768, 50_257, 1_536)
+    need = memory.required_bytes(shape, "inference_16bit", tokens=100)
+    activations = 100 * (2 * 12 * 1536 + 6 * 50_257)
+    assert need.items["weights"] == 248_879_616
+    assert need.items["activations"] == activations
+    assert need.items["margin"] == round(0.1 * (248_879_616 + activations))
+    assert need.total == sum(need.items.values())
+    assert need.text == (
+        "124.4 M parameters x 2 bytes = 249 MB weights + 34 MB activations + 28 MB margin (10%) = 311 MB"
+    )
+
+
+def test_full_fine_tuning_takes_what_adamw_really_holds():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY_GPT2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.arange(10)[None], labels=torch.arange(10)[None]).loss.backward()
+    optimizer.step()
+    held = {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters()),
+        "optimizer": sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim),
+    }
+    need = memory.required_bytes(TINY_GPT2, "full_finetuning")
+    assert {name: need.items[name] for name in held} == held
+
+
+def test_adapters_are_as_many_as_peft_makes():
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY_GPT2))
+    tuned = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", fan_in_fan_out=True))
+    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    need = memory.required_bytes(TINY_GPT2, "lora", rank=3)
+    assert need.items["optimizer"] == 8 * trained
+    assert need.items["weights"] == 2 * memory.parameter_count(TINY_GPT2) + 4 * trained
+
+
+@pytest.mark.parametrize("job, each", [("inference_8bit", memory.INT8_BYTES), ("inference_4bit", memory.NF4_BYTES)])
+def test_bytes_of_a_quantised_weight_are_those_of_bitsandbytes(job, each):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    if job == "inference_8bit":
+        layer = bitsandbytes.nn.Linear8bitLt(512, 1024, bias=False, has_fp16_weights=False).to("cpu")
+        held = layer.weight.nbytes
+    else:
+        layer = bitsandbytes.nn.Linear4bit(512, 1024, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
+        state = layer.weight.quant_state
+        held = layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert held == pytest.approx(each * 512 * 1024, rel=1e-3)
+
+
+def test_embeddings_and_head_stay_in_sixteen_bits_where_the_config_tells():
+    shape = memory.Shape(1_000, 600, 0, 1, 1, 1, 1)
+    assert memory.required_bytes(shape, "inference_8bit").items["weights"] == 600 + 400 * 2
+    assert memory.required_bytes(shape, "inference_8bit", weight_bytes=4).items["weights"] == 600 + 400 * 4
+    assert memory.required_bytes(1_000, "inference_8bit").items["weights"] == 1_000
+
+
+def test_jobs_stand_in_the_order_of_their_appetite():
+    shape = memory.shape_of(TINY_GPT2 | {"n_embd": 512, "n_layer": 8, "n_head": 8})
+    totals = {job: memory.required_bytes(shape, job, tokens=8).total for job in memory.JOBS}
+    order = ["inference_4bit", "inference_8bit", "inference_16bit", "lora", "full_finetuning"]
+    assert [totals[job] for job in order] == sorted(totals[job] for job in order)
+    assert totals["inference_4bit"] < totals["qlora"] < totals["lora"]
+
+
+def test_every_option_of_an_estimate_changes_it():
+    base = memory.required_bytes(TINY_GPT2, "qlora").total
+    for option in ({"tokens": 513}, {"rank": 17}, {"weight_bytes": 4}):
+        assert memory.required_bytes(TINY_GPT2, "qlora", **option).total > base
+
+
+def test_fits_is_a_comparison_with_the_free_bytes(monkeypatch):
+    need = memory.required_bytes(1_000_000, "full_finetuning")
+    assert memory.fits(need, free_bytes=need.total)
+    assert not memory.fits(need, free_bytes=need.total - 1)
+    assert memory.fits(1_000_000, "full_finetuning", free_bytes=need.total)
+    monkeypatch.setattr(memory, "available_bytes", lambda: need.total - 1)
+    assert not memory.fits(1_000_000, "full_finetuning")
+    with pytest.raises(ValueError, match="job must be given for a model, got None; one of inference_16bit"):
+        memory.fits(1_000_000)
+
+
+def test_wrong_questions_are_refused_in_one_line():
+    with pytest.raises(LookupError, match=r"unknown job 'qlorra'\. Did you mean 'qlora'\?"):
+        memory.required_bytes(1, "qlorra")
+    with pytest.raises(ValueError, match="parameters must be at least 1, got 0"):
+        memory.required_bytes(0, "lora")
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        memory.required_bytes(1, "lora", tokens=0)
+
+
+@pytest.mark.parametrize(
+    "size, text", [(0, "0 MB"), (248_879_616, "249 MB"), (999_600_000, "1.0 GB"), (16.06e9, "16.1 GB")]
+)
+def test_sizes_are_written_in_decimal_units(size, text):
+    assert memory.megabytes(size) == text
+
+
+def test_a_shape_survives_being_stored():
+    shape = memory.shape_of(TINY_GPT2)
+    assert memory.Shape(**json.loads(json.dumps(memory.shape_record(shape)))) == shape
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_release_gives_cuda_memory_back_to_the_driver():
+    before, driver_before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    model = torch.nn.Linear(8192, 8192, bias=False, device="cuda")
+    also = model.weight
+    assert torch.cuda.memory_allocated() - before >= 8192 * 8192 * 4
+    memory.release(model)
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.mem_get_info()[0] >= driver_before - 64 * MB
+    assert also.numel() == 0
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_peak_measures_cuda_memory_also_of_a_block_within_a_block():
+    torch.zeros(1, device="cuda")
+    with memory.peak() as outer:
+        big = torch.empty(100 * MB, dtype=torch.uint8, device="cuda")
+        del big
+        with memory.peak() as inner:
+            small = torch.empty(10 * MB, dtype=torch.uint8, device="cuda")
+            del small
+    assert outer.cuda_peak - outer.cuda_before == pytest.approx(100 * MB, rel=0.03)
+    assert inner.cuda_peak - inner.cuda_before == pytest.approx(10 * MB, rel=0.2)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_says_out_of_memory_in_a_way_that_is_recognised():
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory") as caught:
+        torch.empty(1 << 42, dtype=torch.uint8, device="cuda")
+    assert memory.is_oom(caught.value)
