@@ -36,8 +36,7 @@ test-slow: .venv/.installed $(COLAB)/.installed  ## the slow tier, then the unit
 	$(COLAB)/bin/python -m pytest -q -m "not slow and not soak"
 
 notebooks: .venv/.installed  ## execute the notebooks again and store them with their outputs
-	HF_HUB_OFFLINE=1 NBHELPERS_HEADLESS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=300 \
-	  --ExecutePreprocessor.store_widget_state=False --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+	$(BIN)/nbhelpers notebooks refresh
 
 models: .venv/.installed  ## train the bundled tiny models again
 	$(BIN)/python -m nbhelpers.pretrain
@@ -55,11 +54,13 @@ install: .venv/.installed  ## only create .venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
 	$(BIN)/pip install -q -e '.[notebooks,quant,test,dev]' -c constraints.txt
 	@touch $@
 
 $(COLAB)/.installed: pyproject.toml constraints-colab.txt requirements-colab.txt
 	$(PYTHON) -m venv $(COLAB)
+	$(COLAB)/bin/python -m pip install -q --upgrade "pip>=25.1"
 	$(COLAB)/bin/pip install -q -e '.[quant,test]' -r requirements-colab.txt ipykernel ipywidgets -c constraints-colab.txt
 	@touch $@
 

@@ -111,6 +111,12 @@ def is_transposed(module: nn.Module) -> bool:
     return type(base_layer(module)).__name__ == "Conv1D"
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """True for 8- and 4-bit weights, whatever type they are stored in."""
+    weight = base_layer(module).weight
+    return not weight.is_floating_point() or hasattr(weight, "quant_state")
+
+
 def base_layer(module: nn.Module) -> nn.Module:
     """The layer itself, without the PEFT layer around it."""
     return module.base_layer if hasattr(module, "base_layer") else module
@@ -122,7 +128,7 @@ def output_weight(model: nn.Module, attention: nn.Module) -> torch.Tensor:
     ValueError for 8- and 4-bit weights, whose columns cannot be read or zeroed in place.
     """
     layer = base_layer(output_projection(model, attention))
-    if not layer.weight.is_floating_point() or hasattr(layer.weight, "quant_state"):
+    if is_quantised(layer):
         raise ValueError(
             "head pruning needs 16- or 32-bit weights, got a quantised model; load it without quantisation"
         )

@@ -25,6 +25,7 @@ from nbhelpers.architecture import (
     decoder_layers,
     geometry,
     head_columns,
+    is_quantised,
     is_transposed,
     output_projection,
 )
@@ -87,12 +88,13 @@ def close_heads(model: nn.Module, heads: Iterable[Sequence[int]]) -> None:
     """Close exactly these (layer, head) pairs and open all others."""
     _require_installed(model)
     closed, geo = check_heads(model, heads), geometry(model.config)
-    for layer, module in enumerate(attention_modules(model)):
-        here = [head for other, head in closed if other == layer]
-        device = next(output_projection(model, module).parameters()).device
-        module.head_gate = torch.ones(geo.heads, device=device) if here else None
-        if here:
-            module.head_gate[here] = 0.0
+    with torch.inference_mode(False):  # a gate made in inference mode could not be trained through afterwards
+        for layer, module in enumerate(attention_modules(model)):
+            here = [head for other, head in closed if other == layer]
+            device = next(output_projection(model, module).parameters()).device
+            module.head_gate = torch.ones(geo.heads, device=device) if here else None
+            if here:
+                module.head_gate[here] = 0.0
 
 
 def closed_heads(model: nn.Module) -> list[Head]:
@@ -192,7 +194,7 @@ def _visible_keys(mask: torch.Tensor | None, block: slice, queries: int, key: to
 
 @contextmanager
 def entropy_meter(model: nn.Module) -> Iterator[EntropyMeter]:
-    """Measure attention entropy during the forward passes inside, in query blocks (no batch*heads*T*T tensor is kept)."""
+    """Measure attention entropy during the forward passes inside, in query blocks: no (batch, heads, T, T) is kept."""
     _require_installed(model)
     modules, geo = attention_modules(model), geometry(model.config)
     meter = EntropyMeter(geo.layers, geo.heads)
@@ -233,8 +235,8 @@ def head_outputs(model: nn.Module) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def reusable_layers(model: nn.Module) -> Iterator[Callable]:
-    """The first forward pass inside is remembered layer by layer; `with reuse_below(n):` gives later passes over the same
-    batch the remembered outputs of the layers before n instead of computing them again. Bit for bit the same."""
+    """The first forward pass inside is remembered layer by layer; `with reuse_below(n):` gives later passes over the
+    same batch the remembered outputs of the layers before n instead of computing them again. Bit for bit the same."""
     layers = decoder_layers(model)
     remembered: list = [None] * len(layers)
 
@@ -269,7 +271,8 @@ def reusable_layers(model: nn.Module) -> Iterator[Callable]:
 def state_dict_without_closed_heads(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights as they are saved: output projections with the closed heads' inputs zeroed, the model untouched.
 
-    Plain transformers, which knows no gates, then computes the same function. Quantised weights raise ValueError.
+    Plain transformers, which knows no gates, then computes the same function. Quantised weights, and an adapter that is
+    not merged on a projection with closed heads, raise ValueError.
     """
     state, geo = dict(model.state_dict()), geometry(model.config)
     names = {module: name for name, module in model.named_modules()}
@@ -277,7 +280,9 @@ def state_dict_without_closed_heads(model: nn.Module) -> dict[str, torch.Tensor]
     for layer in sorted({layer for layer, _ in closed_heads(model)}):
         projection = output_projection(model, modules[layer])
         name = f"{names[projection]}.weight"
-        if not state[name].is_floating_point():
+        if name not in state:
+            raise ValueError(f"{names[projection]} carries an adapter; merge it before saving closed heads")
+        if is_quantised(projection):
             raise ValueError(
                 "a quantised model with closed heads cannot be saved for plain transformers; dequantise it"
             )

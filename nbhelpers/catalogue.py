@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nbhelpers import memory
+from nbhelpers import estimates, memory
 from nbhelpers.registry import unknown
 
 ASSETS = Path(__file__).parent / "assets"
@@ -31,7 +31,7 @@ class Entry:
     file_dtype: str
     config: dict[str, Any]
     extra_file_bytes: int
-    shape: memory.Shape
+    shape: estimates.Shape
     note: str = ""
 
     @property
@@ -83,7 +83,7 @@ def suggest(job: str, free_bytes: int | None = None, *, tokens: int = 512, weigh
     """Every model of the catalogue and every bundled one, with what `job` would take and whether that fits.
 
     free_bytes: default what is free now (`memory.available_bytes`). tokens, weight_bytes: as for
-    `memory.required_bytes` (4 where weights load in float32: CPU and MPS by default). Those that fit come first, the
+    `estimates.required_bytes` (4 where weights load in float32: CPU and MPS by default). Those that fit come first, the
     largest ahead; then the others, the smallest ahead. Bundled models always fit. Nothing is changed or loaded by this.
     LookupError for an unknown job.
     """
@@ -93,7 +93,7 @@ def suggest(job: str, free_bytes: int | None = None, *, tokens: int = 512, weigh
         raise ValueError(f"free_bytes must be at least 0, got {free_bytes}")
     found = [_bundled(folder, job, tokens, weight_bytes) for folder in _bundled_folders()]
     for model in _entries().values():
-        need = memory.required_bytes(model.shape, job, tokens=tokens, weight_bytes=weight_bytes)
+        need = estimates.required_bytes(model.shape, job, tokens=tokens, weight_bytes=weight_bytes)
         found.append(
             Suggestion(
                 name=model.name,
@@ -101,7 +101,7 @@ def suggest(job: str, free_bytes: int | None = None, *, tokens: int = 512, weigh
                 parameters=model.parameters,
                 required_bytes=need.total,
                 sum=need.text,
-                fits=memory.fits(need, free_bytes=free_bytes),
+                fits=estimates.fits(need, free_bytes=free_bytes),
                 download_bytes=model.download_bytes,
                 licence=model.licence,
                 gated=model.gated,
@@ -114,7 +114,7 @@ def suggest(job: str, free_bytes: int | None = None, *, tokens: int = 512, weigh
 @cache
 def _entries() -> dict[str, Entry]:
     rows = json.loads((ASSETS / "catalogue.json").read_text(encoding="utf-8"))["models"]
-    return {row["name"]: Entry(**{**row, "shape": memory.Shape(**row["shape"])}) for row in rows}
+    return {row["name"]: Entry(**{**row, "shape": estimates.Shape(**row["shape"])}) for row in rows}
 
 
 def _bundled_folders() -> list[Path]:
@@ -125,7 +125,7 @@ def _bundled_folders() -> list[Path]:
 def _bundled(folder: Path, job: str, tokens: int, weight_bytes: int) -> Suggestion:
     """Counted from the weights that are shipped; tied weights are stored once."""
     count = _stored_parameters(folder / "model.safetensors")
-    need = memory.required_bytes(count, job, tokens=tokens, weight_bytes=weight_bytes)
+    need = estimates.required_bytes(count, job, tokens=tokens, weight_bytes=weight_bytes)
     return Suggestion(
         name=folder.name,
         source="bundled",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib import import_module
 
@@ -14,6 +15,7 @@ COMMANDS = {
     "prune-heads": ("close attention heads, fine-tune, and say what it cost", "prune_heads"),
     "generate": ("let a model continue a text", "generate"),
     "notebooks run": ("execute notebooks headless and collect what they found", "notebooks_run"),
+    "notebooks refresh": ("execute the committed notebooks and store them with their outputs", "notebooks_refresh"),
 }
 GROUPS = {"notebooks": "the notebooks, headless"}
 NAME = "nbhelpers"
@@ -31,7 +33,7 @@ def build(arguments: list[str]) -> typer.Typer:
         group, _, last = name.rpartition(" ")
         called = words[: name.count(" ") + 1] == name.split()
         body = getattr(import_module("nbhelpers.commands"), function)() if called else _not_loaded
-        (groups[group] if group else app).command(last, help=text)(body)
+        (groups[group] if group else app).command(last, help=text, cls=getattr(body, "command_class", None))(body)
     for name, group in groups.items():
         app.add_typer(group, name=name)
     return app
@@ -42,7 +44,29 @@ def _not_loaded() -> None:
 
 
 def main() -> None:
-    build(sys.argv[1:])(prog_name=NAME)
+    """Run the command line. What it cannot read is said in one line (with --json as JSON too), exit code 2."""
+    arguments = sys.argv[1:]
+    try:
+        code = build(arguments)(arguments, prog_name=NAME, standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # only typer's own errors have one
+            raise
+        code = _refuse(error, as_json="--json" in arguments)
+    sys.exit(code)
+
+
+def _refuse(error, as_json: bool) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return error.exit_code
+    command = error.ctx.command_path if getattr(error, "ctx", None) else NAME
+    message = " ".join(f"{error.format_message().rstrip('.')}; see {command} --help".split())
+    message = message[:1].lower() + message[1:]
+    if as_json:
+        typer.echo(json.dumps({"error": message}))
+    else:
+        typer.echo(f"error: {message}", err=True)
+    return error.exit_code
 
 
 if __name__ == "__main__":

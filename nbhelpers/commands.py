@@ -11,15 +11,19 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
+from typer.core import TyperCommand
 
 from nbhelpers import records
 from nbhelpers.tracking import Diverged, Interrupted
 
+PERPLEXITY_WINDOW = 512  # tokens per window of the perplexity command where the model has the positions
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 
@@ -36,16 +40,17 @@ class Violation(RuntimeError):
 
 def carry_out(work: Callable[[], dict], show: Callable[[dict], str], as_json: bool) -> None:
     """Do the work, print its result, and leave with the exit code that belongs to what happened."""
-    _quiet()
     result, code = None, DONE
     try:
-        result = work()
+        _quiet()
+        with redirect_stdout(sys.stderr):  # what libraries print is no result
+            result = work()
     except Violation as error:
         result, code = error.result, FAILED
         _say(error)
     except (KeyboardInterrupt, Interrupted) as error:
         result, code = {"error": str(error) or "interrupted"}, INTERRUPTED
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last place: whatever it was becomes an exit code and one line
         code = BAD_INPUT if is_bad_input(error) else FAILED
         if code == FAILED and not isinstance(error, Diverged | FloatingPointError):
             traceback.print_exc()
@@ -70,6 +75,9 @@ def one_line(error: BaseException) -> str:
     """The error as one line that names the value and the rule."""
     if isinstance(error, ValidationError):
         return "; ".join(_field_line(found) for found in error.errors())
+    if isinstance(error, OSError) and error.strerror:
+        place = f" {str(error.filename)!r}" if error.filename else ""
+        return f"cannot use{place}: {error.strerror.lower()}; check the path, its permissions and the free space"
     return " ".join((str(error).strip() or type(error).__name__).split())
 
 
@@ -104,7 +112,8 @@ def options_of(config: type[BaseModel], *, without: tuple[str, ...] = ()) -> lis
             continue
         flag = f"--{name.replace('_', '-')}"
         flags = (f"{flag}/--no-{flag[2:]}",) if field.annotation is bool else (flag,)
-        option = typer.Option(*flags, help=field.description)
+        choices = ", ".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else ""
+        option = typer.Option(*flags, help=field.description + (f": {choices}" if choices else ""))
         kind = field.annotation if field.annotation in (bool, str) else _plain_type(field.annotation)
         parameters.append(
             inspect.Parameter(
@@ -116,9 +125,9 @@ def options_of(config: type[BaseModel], *, without: tuple[str, ...] = ()) -> lis
 
 def _plain_type(annotation: Any) -> Any:
     """The type in which the shell's text is read; the config checks bounds and choices."""
-    text = str(annotation)
-    base = float if "float" in text else int if "int" in text else str
-    return base | None if "None" in text else base
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    base = next((part for part in parts if part in (int, float)), str)
+    return base | None if NoneType in parts else base
 
 
 def with_options(function: Callable, parameters: list[inspect.Parameter]) -> Callable:
@@ -202,7 +211,7 @@ def perplexity() -> Callable:
             from nbhelpers import data, evaluate, models
             from nbhelpers.experiments import check_window
 
-            size = check_window(window, models.load_config(model))
+            size = check_window(window, models.load_config(model), default=PERPLEXITY_WINDOW)
             documents = data.load_corpus(text).test if text == data.BUNDLED else data.read_documents(text)
             rows = data.rows(models.load_tokenizer(model), documents, size, limit_tokens)
             loaded = models.load_model(model, dtype=dtype, quantization=quantization)
@@ -285,13 +294,44 @@ def show_environment(found: dict) -> str:
     return "\n".join(lines)
 
 
+class PairedParameters(TyperCommand):
+    """A command with `-p NAME VALUE`: typer knows no repeated option of two words, so they travel as NAME=VALUE."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, join_pairs(args))
+
+
+def join_pairs(arguments: list[str]) -> list[str]:
+    """`-p level 0.5` as `-p level=0.5`; all else as it is.
+
+    >>> join_pairs(["01_pruning", "-p", "level", "0.5", "--json"])
+    ['01_pruning', '-p', 'level=0.5', '--json']
+    """
+    joined, rest = [], list(arguments)
+    while rest:
+        joined.append(rest.pop(0))
+        if joined[-1] in ("-p", "--parameter") and rest:
+            name = rest.pop(0)
+            joined.append(f"{name}={rest.pop(0)}" if rest and "=" not in name else name)
+    return joined
+
+
+def split_pairs(pairs: list[str]) -> dict[str, str]:
+    """{name: value} of NAME=VALUE texts; ValueError for one without a value."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"parameter {pair!r} needs a value: -p NAME VALUE")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def notebooks_run() -> Callable:
     def command(
         names: Annotated[
             list[str] | None, typer.Argument(help="notebooks by name, such as 01_pruning; none = all")
         ] = None,
         parameter: Annotated[
-            list[tuple[str, str]] | None, typer.Option("-p", "--parameter", help="NAME VALUE, may be repeated")
+            list[str] | None,
+            typer.Option("-p", "--parameter", metavar="NAME VALUE", help="a notebook's parameter, may be repeated"),
         ] = None,
         out: Annotated[Path, typer.Option(help="folder for the executed notebooks, runs, index and archive")] = Path(
             "results"
@@ -301,11 +341,28 @@ def notebooks_run() -> Callable:
         def work() -> dict:
             from nbhelpers import headless
 
-            result = headless.run_notebooks(names or [], dict(parameter or []), out, progress=Progress())
+            result = headless.run_notebooks(names or [], split_pairs(parameter or []), out, progress=Progress())
             if not result["all_facts_hold"]:
                 raise Violation(result)
             return result
 
         carry_out(work, lambda found: found["summary"], json)
+
+    command.command_class = PairedParameters
+    return command
+
+
+def notebooks_refresh() -> Callable:
+    def command(
+        names: Annotated[list[str] | None, typer.Argument(help="notebooks by name; none = all")] = None,
+        runs: Annotated[Path, typer.Option(help="folder for their runs")] = Path("results/runs"),
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import headless
+
+            return {"notebooks": [str(path) for path in headless.refresh(names or [], runs)]}
+
+        carry_out(work, lambda found: "\n".join(found["notebooks"]), json)
 
     return command

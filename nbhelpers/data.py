@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Disjoint parts of one source. `generated` marks text that this project made itself: it is stamped wherever shown."""
+    """Disjoint parts of one source. `generated`: text that this project made itself, stamped wherever it is shown."""
 
     train: list[Document]
     validation: list[Document]
@@ -53,7 +54,7 @@ def load_corpus(source: str = BUNDLED) -> Corpus:
     if source == BUNDLED:
         documents = [Document(text) for text in generated.documents(BUNDLED_DOCUMENTS, seed=BUNDLED_SEED)]
         parts = split_documents(documents)
-    elif Path(source).expanduser().exists():
+    elif Path(os.path.expanduser(source)).exists():
         parts = split_documents(read_documents(source))
     elif source.endswith((".txt", ".jsonl")) or source.startswith((".", "/", "~")):
         raise LookupError(f"text file {source!r} does not exist")
@@ -68,10 +69,12 @@ def load_corpus(source: str = BUNDLED) -> Corpus:
 
 def read_documents(path: str | Path) -> list[Document]:
     """All documents of a .txt (one document) or .jsonl file. ValueError names the file, the line and the field."""
-    path = Path(path).expanduser()
-    if not path.is_file():
+    if not str(path):
+        raise LookupError(f"text must name a source, got ''; give a .txt or .jsonl file, a data set, or {BUNDLED!r}")
+    path = Path(os.path.expanduser(path))  # an unknown ~user stays as it is
+    if not path.exists():
         raise LookupError(f"text file {str(path)!r} does not exist")
-    if path.suffix not in (".txt", ".jsonl"):
+    if not path.is_file() or path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"text must be a .txt or .jsonl file, got {str(path)!r}")
     try:
         content = path.read_text(encoding="utf-8")
@@ -100,13 +103,15 @@ def _json_documents(content: str, path: Path) -> Iterable[Document]:
                 raise ValueError(
                     f"{place} needs a string field {field!r}, it has: {', '.join(sorted(row)) or 'nothing'}"
                 )
+            if any("\ud800" <= letter <= "\udfff" for letter in row[field]):
+                raise ValueError(f"{place} has half a surrogate pair in {field!r}, which is no text; repair or drop it")
         yield Document(row["completion"], row["prompt"]) if "completion" in row else Document(row["text"])
 
 
 def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document], list[Document]]:
     """(train, validation, test), 80 / 10 / 10, equal documents on one side, the same for every order of the documents.
 
-    Fewer than 10 different documents are joined and cut by length at line ends instead: the test part last.
+    Fewer than 10 different documents are joined as they come and cut by length at line ends: the test part last.
     """
     unique = {(d.prompt, d.text): d for d in documents if d.text.strip()}
     if len(unique) < FEW_DOCUMENTS:
@@ -134,7 +139,7 @@ def _line_end(text: str, at: int) -> int:
 
 
 def _hub_splits(source: str) -> tuple[list[Document], list[Document], list[Document]]:
-    """The train, validation and test splits of a hub data set with a `text` column; joined, since wikitext's rows are lines."""
+    """A hub data set's own splits, their `text` column joined (wikitext's rows are lines)."""
     from datasets import load_dataset
 
     name, config = WIKITEXT if source in ("wikitext-2", "wikitext2") else (source, None)
@@ -151,7 +156,7 @@ def _hub_splits(source: str) -> tuple[list[Document], list[Document], list[Docum
 
 
 def overlap(corpus: Corpus) -> int:
-    """Documents of the test part that also stand in the training or validation part (0 unless a source repeats itself)."""
+    """Test documents that also stand in the training or validation part (0 unless a source repeats itself)."""
     seen = {(document.prompt, document.text) for document in [*corpus.train, *corpus.validation]}
     return sum((document.prompt, document.text) in seen for document in corpus.test)
 
@@ -186,6 +191,8 @@ def rows(tokenizer, documents: Sequence[Document], window: int, limit: int | Non
     `limit`: most tokens (plain text).
     """
     if any(document.prompt for document in documents):
+        if limit is not None:
+            raise ValueError(f"a limit of {limit} tokens is for plain text, got prompt/completion rows; leave it out")
         return [completion_row(tokenizer, document, window) for document in documents]
     return windows(token_stream(tokenizer, documents, limit), window)
 

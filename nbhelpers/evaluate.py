@@ -40,6 +40,8 @@ def row_losses(
     A row's first token is not scored, nor are positions labelled -100 or padding. The model is put into evaluation mode
     and back. Raises FloatingPointError where a row's loss is not finite, naming the row.
     """
+    if not rows:
+        raise ValueError("no rows to score; give more text or a smaller window")
     batch_size = batch_size or batch_rows(model, max(len(row["input_ids"]) for row in rows))
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
@@ -103,8 +105,12 @@ def generate(
     generators as they were."""
     if not prompt:
         raise ValueError("prompt must not be empty; give at least one word")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}; 0 takes the likeliest token")
     inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
     length, limit = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None) or 10**9
+    if length == 0:
+        raise ValueError(f"prompt {prompt!r} has no tokens; give at least one word")
     if length >= limit:
         raise ValueError(f"prompt has {length} tokens, the model has {limit} positions; shorten the prompt")
     sampling = {"do_sample": False}
@@ -114,12 +120,17 @@ def generate(
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
-    with runtime.seeded(seed):
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=min(max_new_tokens, limit - length),
-            pad_token_id=pad,
-            **sampling,
-        )
+    was_training = model.training
+    model.eval()
+    try:
+        with runtime.seeded(seed):
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=min(max_new_tokens, limit - length),
+                pad_token_id=pad,
+                **sampling,
+            )
+    finally:
+        model.train(was_training)
     return tokenizer.decode(output[0], skip_special_tokens=True)

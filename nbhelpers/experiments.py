@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nbhelpers import data, evaluate, facts, heads, memory, models, records, runtime, training
@@ -19,7 +20,7 @@ from nbhelpers.heads import STRATEGIES
 from nbhelpers.registry import unknown
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 
-MAX_WINDOW = 512  # tokens of a window where the config names none and the model's positions allow it
+WINDOW = 256  # tokens of a window where the config names none and the model's positions allow it
 VALIDATION_WINDOWS = 32  # windows that choose the best state while fine-tuning
 FACT_ROWS = 2  # windows on which facts about logits are checked
 log = logging.getLogger(__name__)
@@ -41,13 +42,13 @@ class PruningConfig(BaseModel):
     )
     kv_groups: bool = Field(False, description="close whole groups of heads that share keys and values")
     min_heads_per_layer: int = Field(0, ge=0, description="heads that every layer keeps at least")
-    scoring_windows: int = Field(16, ge=1, description="windows of the training text on which importance is measured")
-    steps: int = Field(60, ge=0, description="fine-tuning steps; 0 = no fine-tuning")
+    scoring_windows: int = Field(16, ge=1, description="training windows, drawn by the seed, on which heads are scored")
+    steps: int = Field(40, ge=0, description="fine-tuning steps; 0 = no fine-tuning")
     method: Literal["full", "lora"] = Field("full", description="train all weights, or low-rank adapters")
     learning_rate: float | None = Field(None, gt=0, le=1, description="peak learning rate; None = 5e-4 full, 1e-3 lora")
     batch_size: int = Field(8, ge=1, description="windows per optimizer step")
     control: bool = Field(True, description="also fine-tune the unpruned model with the same budget")
-    window: int | None = Field(None, ge=2, description="tokens per window; None = the model's positions, at most 512")
+    window: int | None = Field(None, ge=2, description="tokens per window; None = 256, or the model's positions")
     evaluation_windows: int | None = Field(
         None, ge=1, description="most test windows scored; None = the whole test text"
     )
@@ -163,7 +164,7 @@ class PruningExperiment:
         self.facts.append(facts.gates_change_nothing_while_open(model, few))
         before = facts.logits(model, few)
 
-        scoring = self.train[: config.scoring_windows]
+        scoring = sample_rows(self.train, config.scoring_windows, config.seed)
         self.facts.append(facts.strategy_sees_the_model(model, scoring[:FACT_ROWS], config.strategy, config.seed))
         selection = heads.prune(
             model,
@@ -322,16 +323,22 @@ class _Prefixed:
         self.tracker.event(kind, stage=self.stage, **data)
 
 
-def check_window(window: int | None, model_config) -> int:
-    """Tokens per window: as asked, or the model's positions up to 512. ValueError where the model has fewer positions."""
+def check_window(window: int | None, model_config, default: int = WINDOW) -> int:
+    """Tokens per window: as asked (ValueError where the model has fewer positions), or what the positions allow."""
     positions = models.max_positions(model_config)
     if window is None:
-        return min(MAX_WINDOW, positions or MAX_WINDOW)
+        return min(default, positions or default)
     if positions is not None and window > positions:
         raise ValueError(
             f"window must be at most the model's {positions} positions, got {window}; use a smaller --window"
         )
     return window
+
+
+def sample_rows(rows: list[dict], number: int, seed: int) -> list[dict]:
+    """`number` rows drawn without replacement from a seeded generator (all of them where there are fewer)."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[at] for at in order[:number].tolist()]
 
 
 def first_words(document: data.Document, words: int = 5) -> str:

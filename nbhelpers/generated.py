@@ -196,36 +196,18 @@ def _ask_who(t: Teller, cast: Cast) -> None:
 # Facts and questions ---------------------------------------------------------------------------------------------
 
 
-class Relation(NamedTuple):
-    """How a fact is stated, how it is asked, how its owner is asked for, and what can be filled in."""
-
-    stated: str
-    asked: str
-    who: str
-    values: Sequence[str]
-
-
-RELATIONS = (
-    Relation("works as a {}", "Does {} work as a {}", "Who works as a {}", words.JOBS),
-    Relation("has a {}", "Does {} have a {}", "Who has a {}", words.ANIMALS),
-    Relation("likes {}", "Does {} like {}", "Who likes {}", words.FOODS),
-    Relation("lives near the {}", "Does {} live near the {}", "Who lives near the {}", words.PLACES),
-    Relation("wears {} shoes", "Does {} wear {} shoes", "Who wears {} shoes", words.COLOURS),
-)
-
-
 def tell_facts(t: Teller) -> None:
     """Three or four people with two facts each, then two to five questions: yes, no, or who."""
     t.say("Facts:")
-    facts: dict[str, dict[Relation, str]] = {}
-    relations: list[Relation] = []
+    facts: dict[str, dict[words.Relation, str]] = {}
+    relations: list[words.Relation] = []
     while len(facts) < 3 or (len(facts) < 4 and t.flip(0.5)):
         t.say(" ")
         name = t.tell(words.NAMES, without=facts)
-        mine: dict[Relation, str] = {}
+        mine: dict[words.Relation, str] = {}
         for joint, which in ((" ", 0), (" and ", 1)):
             if len(facts) == 0:
-                relations.append(t.pick([relation for relation in RELATIONS if relation not in relations]))
+                relations.append(t.pick([relation for relation in words.RELATIONS if relation not in relations]))
             relation = relations[which]
             before, after = relation.stated.split("{}")
             t.say(joint + before)
@@ -245,7 +227,7 @@ def tell_facts(t: Teller) -> None:
     t.say("\nEnd.")
 
 
-def _ask_owner(t: Teller, facts: dict, relation: Relation) -> None:
+def _ask_owner(t: Teller, facts: dict, relation: words.Relation) -> None:
     before, after = relation.who.split("{}")
     t.say(before)
     value = t.tell([mine[relation] for mine in facts.values()])
@@ -253,7 +235,7 @@ def _ask_owner(t: Teller, facts: dict, relation: Relation) -> None:
     t.say(f"{after}?\nAnswer: {owner} {relation.stated.format(value)}.")
 
 
-def _ask_yes_or_no(t: Teller, facts: dict, relations: Sequence[Relation], asked: list) -> None:
+def _ask_yes_or_no(t: Teller, facts: dict, relations: Sequence[words.Relation], asked: list) -> None:
     """Asks for a pair of person and relation that was not asked yet; a wrong value is another person's."""
     t.say("Does ")
     name = t.pick([name for name in facts if any(pair[0] == name for pair in asked)])

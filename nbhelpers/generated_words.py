@@ -4,6 +4,8 @@ No list holds a word twice, and no word stands in two lists, so that a word says
 drawn from. Later tasks are built in the same world and read the same lists.
 """
 
+from typing import NamedTuple
+
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -87,4 +89,22 @@ MOMENTS = (
     "in cold air",
     "under stress",
     "at work",
+)
+
+
+class Relation(NamedTuple):
+    """How a fact is stated, how it is asked, how its owner is asked for, and what can be filled in."""
+
+    stated: str
+    asked: str
+    who: str
+    values: tuple[str, ...]
+
+
+RELATIONS = (
+    Relation("works as a {}", "Does {} work as a {}", "Who works as a {}", JOBS),
+    Relation("has a {}", "Does {} have a {}", "Who has a {}", ANIMALS),
+    Relation("likes {}", "Does {} like {}", "Who likes {}", FOODS),
+    Relation("lives near the {}", "Does {} live near the {}", "Who lives near the {}", PLACES),
+    Relation("wears {} shoes", "Does {} wear {} shoes", "Who wears {} shoes", COLOURS),
 )

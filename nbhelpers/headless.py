@@ -12,7 +12,7 @@ from nbhelpers import report
 from nbhelpers.notebook import RUNS_VARIABLE
 from nbhelpers.records import write_atomic
 from nbhelpers.registry import unknown
-from nbhelpers.tracking import Run, read_run
+from nbhelpers.runs import Run, read_run
 
 CELL_SECONDS = 3600
 RUN_TAG = "run"  # a notebook with a cell tagged so must leave a finished run

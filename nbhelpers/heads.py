@@ -1,8 +1,8 @@
 """Which attention heads matter least, and which are closed?
 
-Scores and selection are two things: a strategy says how important each head is, `choose` how many go. Every strategy is
-a function of one shape, `strategy(model, rows, seed) -> (layers, heads)`: higher is more important, and a head that does
-nothing (zero query, zero output columns) scores `DEAD` exactly. Scores are taken with the heads closed so far closed.
+Scores and selection are two things: a strategy says how important each head is, `choose` how many go. Every strategy
+is a function of one shape, `strategy(model, rows, seed) -> (layers, heads)`: higher is more important, and a head that
+does nothing (zero query, zero output columns) scores `DEAD`. Scores are taken with the heads closed so far closed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def entropy_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Sco
     That low entropy means important is a convention, not a law. The first position (one visible key) and padding are
     left out; 0 = attends evenly to all it sees, 1 = always to a single token.
     """
-    with attention.entropy_meter(model) as meter, torch.inference_mode():
+    with evaluation_mode(model), attention.entropy_meter(model) as meter, torch.inference_mode():
         for batch in batches(model, rows):
             meter.real_queries = batch["attention_mask"].bool()
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -71,14 +71,15 @@ def entropy_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Sco
 
 @STRATEGIES.register("gradient")
 def gradient_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Scores:
-    """mean over rows of |d loss / d gate|, divided by each layer's l2 norm (Michel, Levy, Neubig 2019, arXiv 1905.10650).
+    """mean over rows of |d loss / d gate|, divided by each layer's l2 norm (Michel, Levy, Neubig 2019, 1905.10650).
 
-    The loss of a row is its mean token nll. Closed heads are left out of the norm.
+    The loss of a row is its mean token nll. Closed heads score 0 and are left out of the norm.
     """
     geo = geometry(model.config)
     total = torch.zeros(geo.layers, geo.heads, dtype=torch.float64)
     for batch in batches(model, rows):
-        with attention.differentiable_gates(model, batch["input_ids"].shape[0]) as gates, torch.enable_grad():
+        rows_here = batch["input_ids"].shape[0]
+        with evaluation_mode(model), attention.differentiable_gates(model, rows_here) as gates, torch.enable_grad():
             mask = {} if batch["attention_mask"].all() else {"attention_mask": batch["attention_mask"]}
             logits = model(input_ids=batch["input_ids"], **mask, use_cache=False).logits[:, :-1].float()
             labels = batch["labels"][:, 1:]
@@ -114,6 +115,17 @@ def ablation_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Sc
     return scores / tokens
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside: scores of a model that is being trained are those of its weights."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def all_heads(layers: int, heads: int) -> list[Head]:
     return [(layer, head) for layer in range(layers) for head in range(heads)]
 
@@ -134,10 +146,12 @@ def count(level: float, heads: int) -> int:
 
 @dataclass(frozen=True)
 class Selection:
-    """closed: sorted (layer, head) pairs; rounds: what was scored and then closed, in order; scores: of the first round."""
+    """closed: sorted (layer, head) pairs; rounds: what was scored and then closed, in order; scores: of the first
+    round; group_size: heads that could only go together (1 without KV groups)."""
 
     closed: list[Head]
     rounds: list[dict]
+    group_size: int = 1
 
     @property
     def newly_closed(self) -> list[Head]:
@@ -148,11 +162,17 @@ class Selection:
         return self.rounds[0]["scores"] if self.rounds else []
 
 
-def check_budget(geo: Geometry, number: int, min_per_layer: int) -> None:
-    """ValueError where `number` heads of a whole model cannot go while every layer keeps `min_per_layer`."""
+def check_budget(
+    geo: Geometry, number: int, min_per_layer: int, *, group_size: int = 1, closed: Iterable[Head] = ()
+) -> None:
+    """ValueError where `number` heads, `closed` among them, cannot go while every layer keeps `min_per_layer`."""
     if not 0 <= min_per_layer <= geo.heads:
         raise ValueError(f"min_heads_per_layer must be in [0, {geo.heads}], got {min_per_layer}")
-    most = geo.layers * (geo.heads - min_per_layer)
+    closed = set(closed)
+    most = len(closed)
+    for layer in range(geo.layers):
+        left = geo.heads - sum(other == layer for other, _ in closed)
+        most += max(0, left - min_per_layer) // group_size * group_size
     if number > most:
         raise ValueError(
             f"cannot close {number} of {geo.total} heads and keep {min_per_layer} in each of {geo.layers} layers: "
@@ -215,12 +235,13 @@ def prune(
     geo = geometry(model.config)
     group_size = geo.group_size if kv_groups else 1
     target = count(level, geo.total // group_size) * group_size
-    check_budget(geo, target, min_per_layer)
     closed = attention.closed_heads(model)
     if len(closed) > target:
         raise ValueError(f"level {level} means {target} closed heads, the model already has {len(closed)}; raise level")
-    if kv_groups and any((layer, head // group_size * group_size) not in closed for layer, head in closed):
+    whole = {(layer, head - head % group_size + at) for layer, head in closed for at in range(group_size)}
+    if whole != set(closed):
         raise ValueError("kv_groups needs whole groups, the model already has single closed heads; leave kv_groups off")
+    check_budget(geo, target, min_per_layer, group_size=group_size, closed=closed)
     step = target
     if iterative:
         step = heads_per_round or -(-geo.total // ROUNDS)
@@ -235,14 +256,14 @@ def prune(
         wanted = min(step, target - len(closed))
         chosen = choose(scores, wanted, geo, closed=closed, min_per_layer=min_per_layer, group_size=group_size)
         if not chosen:
-            raise ValueError(f"only {len(closed)} of {target} heads can go while each layer keeps {min_per_layer}")
+            raise RuntimeError(f"no head was chosen with {len(closed)} of {target} closed, check_budget let it pass")
         closed = sorted([*closed, *chosen])
         attention.close_heads(model, closed)
         rounds.append({"scores": scores.tolist(), "closed": [list(head) for head in chosen]})
         log.info("strategy %s closed %d of %d heads", strategy, len(closed), target)
         if progress is not None:
             progress({"done": len(closed), "total": target})
-    return Selection(closed=closed, rounds=rounds)
+    return Selection(closed=closed, rounds=rounds, group_size=group_size)
 
 
 @contextmanager
@@ -270,7 +291,7 @@ def finds_dead_head(
 ) -> tuple[bool, float]:
     """(found, score) of a head planted dead: a strategy that looks at the model gives it the score DEAD.
 
-    Catches a strategy that was swapped for another or for random numbers.
+    Catches a strategy that was swapped for random numbers, not one swapped for another that looks at the model.
     """
     with planted_dead_head(model, head):
         score = STRATEGIES[strategy](model, rows, seed=seed)[head].item()

@@ -1,9 +1,12 @@
-"""How does a model get in and out? Bundled name, local folder or hub id in; a folder that plain transformers loads out."""
+"""How does a model get in and out? Bundled name, local folder or hub id in; a folder for plain transformers out."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,10 +55,13 @@ def locate(name: str) -> tuple[str, str]:
     LookupError for a name that can be none of the three; ValueError for a folder that holds no model.
     """
     name = str(name)
+    if not name:
+        raise LookupError("model must be named, got ''; give a bundled name, a local folder or a hub id")
     if name in bundled_names():
         return "bundled", str(BUNDLED / name)
-    if Path(name).expanduser().exists():
-        return "folder", str(_model_folder(Path(name).expanduser()))
+    folder = Path(os.path.expanduser(name))  # an unknown ~user stays as it is
+    if folder.exists():
+        return "folder", str(_model_folder(folder))
     if "/" not in name and name.lower() in map(str.lower, catalogue.names()):
         return "hub", catalogue.hub_id(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -83,8 +89,8 @@ def load_config(name: str):
     from transformers import AutoConfig
 
     source, location = locate(name)
-    with _clear_errors(name, source):
-        return AutoConfig.from_pretrained(location, local_files_only=source != "hub")
+    with _clear_errors(name, source, "config.json"):
+        return AutoConfig.from_pretrained(location, local_files_only=source != "hub", trust_remote_code=False)
 
 
 def load_model(
@@ -92,9 +98,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a model and its tokenizer, attending through head gates where its architecture allows; saved gates closed.
 
-    `name`: bundled name, local folder (also a run directory) or hub id. `dtype`: auto (by device), stored (as in the file), float32, bfloat16 or
-    float16. `quantization`: 8bit or 4bit (nf4, double quantisation) by bitsandbytes. Only safetensors are read and no
-    code from the model's folder is run. LookupError for an unknown name, ValueError for files that are no model.
+    `name`: bundled name, local folder (also a run directory) or hub id. `dtype`: auto (by device), stored (as in the
+    file), float32, bfloat16 or float16. `quantization`: 8bit or 4bit (nf4, double quantisation) by bitsandbytes. Only
+    safetensors are read and no code from the model's folder is run. LookupError for an unknown name, ValueError for
+    files that are no model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -105,16 +112,24 @@ def load_model(
     source, location = locate(name)
     device = device or runtime.device()
     chosen = DTYPES[dtype] or runtime.dtype_for(device)
+    _check_device(device)
     options = {"dtype": chosen, "use_safetensors": True, "local_files_only": source != "hub"}
+    options |= {"ignore_mismatched_sizes": True}  # they are listed and refused below
     if quantization:
         options |= {"quantization_config": _quantization(quantization, chosen), "device_map": {"": device}}
+    load_config(name)  # first, so that what is wrong with it is said of it
     tokenizer = load_tokenizer(name)
-    with _clear_errors(name, source):
-        model, loading = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        missing = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    with _clear_errors(name, source, "weights"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            location, output_loading_info=True, trust_remote_code=False, **options
+        )
+    missing = sorted(
+        {*loading["missing_keys"], *(key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])}
+    )
+    if missing:
         raise ValueError(
-            f"{name!r} lacks weights its config asks for: {', '.join(missing[:5])} ({len(missing)} in all)"
+            f"{name!r} lacks weights that its config asks for, or has them in another shape: "
+            f"{', '.join(missing[:3])} ({len(missing)} in all); copy the model again"
         )
     if not quantization:
         model.to(device)
@@ -125,13 +140,28 @@ def load_model(
     return LoadedModel(model, tokenizer, str(name), source)
 
 
+def _check_device(device: str) -> None:
+    """ValueError for a device that torch does not know or that this machine does not have."""
+    runtime.dtype_for(device)  # refuses unknown names
+    kind = str(device).split(":")[0]
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f"device {str(device)!r} is not here; use {runtime.device()!r}, or leave it out")
+
+
 def load_tokenizer(name: str):
     """The tokenizer of a model name. One without a pad token stays as it is: padding here goes by attention mask."""
     from transformers import AutoTokenizer
 
     source, location = locate(name)
-    with _clear_errors(name, source):
-        tokenizer = AutoTokenizer.from_pretrained(location, local_files_only=source != "hub")
+    with _clear_errors(name, source, "tokenizer files (tokenizer.json and others)"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                location, local_files_only=source != "hub", trust_remote_code=False
+            )
+        except Exception as error:
+            if type(error) is Exception:  # what the tokenizers library raises for a file it cannot read
+                raise ValueError(str(error)) from error
+            raise
     tokenizer.model_max_length = int(1e30)  # windows are cut by data.py; no warning about long texts
     return tokenizer
 
@@ -147,8 +177,9 @@ def _quantization(kind: Quantization, compute: torch.dtype):
 
 
 @contextmanager
-def _clear_errors(name: str, source: str) -> Iterator[None]:
+def _clear_errors(name: str, source: str, what: str) -> Iterator[None]:
     """Turns what transformers and safetensors raise for unusable files into one line that names the model."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -160,35 +191,54 @@ def _clear_errors(name: str, source: str) -> Iterator[None]:
     except OSError as error:
         way_out = "only safetensors are read: save it again with save_pretrained"
         if source == "hub":
-            way_out = f"check the connection and the id, or use a bundled model: {', '.join(bundled_names())}"
+            way_out = (
+                "there is no such folder here, so it was asked for on the hub: check the id and the connection, "
+                f"or use a bundled model: {', '.join(bundled_names())}"
+            )
         raise ValueError(f"cannot load {name!r}: {_first_line(error)}; {way_out}") from error
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"cannot load {name!r}: {_first_line(error)}") from error
+    except StrictDataclassError as error:
+        raise ValueError(f"cannot load {name!r}: {' '.join(str(error).split())}; check its {what}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot load {name!r}: {_first_line(error)}; check its {what}") from error
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
 
 
 def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     """Write a model that plain transformers loads and computes the same with; closed heads also lie in head_gates.json.
 
-    The files are written to a folder beside and renamed, so a folder under its final name is complete.
+    The files are written to a folder beside and renamed, so a folder under its final name is complete; after an error
+    (OSError where the disk is full) nothing is left. FileExistsError for a folder that is not empty.
     """
+    from safetensors import SafetensorError
+
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"model folder {str(folder)!r} is not empty; choose another one")
     closed = attention.closed_heads(model) if is_supported(model) else []
     state = attention.state_dict_without_closed_heads(model) if closed else None
     beside = folder.with_name(folder.name + ".part")
-    beside.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(beside, state_dict=state)
-    tokenizer.save_pretrained(beside)
-    if closed:
-        save_gates(model, beside)
-    if folder.exists():
-        folder.rmdir()
-    beside.rename(folder)
+    shutil.rmtree(beside, ignore_errors=True)  # what a killed run left
+    try:
+        beside.mkdir(parents=True)
+        model.save_pretrained(beside, state_dict=state)
+        tokenizer.save_pretrained(beside)
+        if closed:
+            save_gates(model, beside)
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise OSError(
+            f"cannot write model folder {str(folder)!r}: {reason}; free some space or choose another place"
+        ) from error
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     return folder
 
 
@@ -206,18 +256,21 @@ def load_gates(model: nn.Module, folder: str | Path) -> None:
     if not path.is_file():
         return
     content, geo = records.read_json(path), geometry(model.config)
-    if content.get("format") != GATES_FORMAT:
-        raise ValueError(f"{str(path)!r} has format {content.get('format')!r}, expected {GATES_FORMAT}")
-    if (content["layers"], content["heads"]) != (geo.layers, geo.heads):
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != GATES_FORMAT:
+        raise ValueError(f"{str(path)!r} has format {found!r}, expected {GATES_FORMAT}; copy the model again")
+    layers, heads, closed = (content.get(field) for field in ("layers", "heads", "closed_heads"))
+    if (layers, heads) != (geo.layers, geo.heads):
         raise ValueError(
-            f"{str(path)!r} is for {content['layers']} layers of {content['heads']} heads, "
-            f"the model has {geo.layers} of {geo.heads}"
+            f"{str(path)!r} is for {layers} layers of {heads} heads, the model has {geo.layers} of {geo.heads}"
         )
-    attention.close_heads(model, content["closed_heads"])
+    if not isinstance(closed, list):
+        raise ValueError(f"{str(path)!r} needs a list 'closed_heads', got {closed!r}; copy the model again")
+    attention.close_heads(model, closed)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over all weights (name, dtype, shape, bytes, sorted by name) and the closed heads: what decides the output."""
+    """sha256 over all weights (name, dtype, shape, bytes, sorted by name) and the closed heads: all that decides."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()
@@ -229,8 +282,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """sha256 over the whole fast tokenizer (vocabulary, merges, special tokens, post-processing)."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """sha256 over the whole fast tokenizer (vocabulary, merges, special tokens, post-processing).
+
+    Truncation and padding are left out: they are what the last call asked for, not what the tokenizer is.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return records.sha256_json(content)
 
 
 def parameters(model: nn.Module) -> int:

@@ -93,9 +93,8 @@ def curve_facts(curves: Mapping[str, Mapping]) -> str:
     lines = []
     for stage, curve in curves.items():
         nlls = [nll for _, nll in curve["validation_nlls"]]
-        lines.append(
-            f"{stage}: {curve['steps']} steps, {curve['skipped_steps']} skipped, best is below start: {min(nlls) < nlls[0]}"
-        )
+        below = min(nlls) < nlls[0]
+        lines.append(f"{stage}: {curve['steps']} steps, {curve['skipped_steps']} skipped, best is below start: {below}")
     return "\n".join(lines) or "not fine-tuned"
 
 

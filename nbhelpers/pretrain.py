@@ -21,15 +21,16 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nbhelpers import generated, pretrain_measure, records
+from nbhelpers import generated, pretrain_measure, records, runtime
+from nbhelpers.architecture import attention_modules
 from nbhelpers.registry import unknown
 
 ASSETS = Path(__file__).parent / "assets"
-CONTEXT = 512
 VOCABULARY = 1024
 TOKENIZER_DOCUMENTS = 10_000
 HELD_OUT_DOCUMENTS = 600
 PRUNING_WINDOWS = 16
+IGNORED = -100  # a label without loss
 log = logging.getLogger("nbhelpers.pretrain")
 
 
@@ -40,35 +41,44 @@ class Recipe:
     model_type: str
     sizes: dict[str, Any]
     special: tuple[str, str, str]
-    steps: int = 3000
-    batch: int = 4  # windows a step
-    window: int = 256  # tokens; the last `long_share` of all steps read windows of CONTEXT tokens instead
-    long_share: float = 0.2
-    learning_rate: float = 4e-3
+    steps: int = 1700
+    batch: int = 16  # windows a step
+    window: int = 128  # tokens; the last `long_share` of all steps read windows of `context` tokens instead
+    long_share: float = 0.15
+    context: int = 512  # positions of the model
+    copying_periods: tuple[int, int] = (4, 2)  # the window divided by these, in turn, is after how much it repeats
+    copying_steps: int = 400  # first steps, in which half of each batch is a random sequence that repeats itself
+    learning_rate: float = 3e-3
     seed: int = 0
     documents: int = 60_000
 
 
 _TINY = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6}
+# learned positions: every one is read in every step; copying takes longer to learn than with rotary ones
+_LEARNED_POSITIONS = {"context": 256, "window": 256, "batch": 8, "long_share": 0.0}
+_LEARNED_POSITIONS |= {"copying_periods": (8, 4), "copying_steps": 900, "steps": 2200}
 _ENDOFTEXT = ("<|endoftext|>", "<|endoftext|>", "<|padding|>")
 _LLAMA = ("<s>", "</s>", "<pad>")
 
 RECIPES = {
     "tiny-gpt2": Recipe(
         "gpt2",
-        {"n_embd": 96, "n_layer": 4, "n_head": 6, "n_inner": 192, "n_positions": CONTEXT}
+        {"n_embd": 96, "n_layer": 4, "n_head": 6, "n_inner": 192, "n_positions": 256, "initializer_range": 0.08}
         | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         _ENDOFTEXT,
+        **_LEARNED_POSITIONS,
     ),
     "tiny-opt": Recipe(
         "opt",
-        _TINY | {"ffn_dim": 192, "word_embed_proj_dim": 96, "max_position_embeddings": CONTEXT, "dropout": 0.0},
+        _TINY
+        | {"ffn_dim": 192, "word_embed_proj_dim": 96, "max_position_embeddings": 256, "dropout": 0.0, "init_std": 0.08},
         ("</s>", "</s>", "<pad>"),
+        **_LEARNED_POSITIONS,
     ),
     "tiny-pythia": Recipe(
         "gpt_neox",
         _TINY
-        | {"intermediate_size": 160, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False}
+        | {"intermediate_size": 160, "max_position_embeddings": 512, "tie_word_embeddings": False}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
         _ENDOFTEXT,
     ),
@@ -76,21 +86,22 @@ RECIPES = {
         "llama",
         _TINY
         | {"num_key_value_heads": 3, "head_dim": 16, "intermediate_size": 192}
-        | {"max_position_embeddings": CONTEXT, "tie_word_embeddings": True},
+        | {"max_position_embeddings": 512, "tie_word_embeddings": True},
         _LLAMA,
     ),
     "small-llama": Recipe(
         "llama",
-        {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
-        | {"intermediate_size": 384, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True},
+        {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        | {"intermediate_size": 384, "max_position_embeddings": 512, "tie_word_embeddings": True},
         _LLAMA,
-        steps=4000,
-        learning_rate=3e-3,
+        learning_rate=2.5e-3,
     ),
 }
 
 
-def train_tokenizer(texts: Sequence[str], special: tuple[str, str, str], vocabulary: int = VOCABULARY):
+def train_tokenizer(
+    texts: Sequence[str], special: tuple[str, str, str], vocabulary: int = VOCABULARY, context: int = 512
+):
     """A byte-level BPE tokenizer that begins each text with BOS. `special`: bos, eos, pad; equal is one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -114,7 +125,7 @@ def train_tokenizer(texts: Sequence[str], special: tuple[str, str, str], vocabul
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
-        model_max_length=CONTEXT,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
 
@@ -123,7 +134,7 @@ def build_model(recipe: Recipe, tokenizer) -> nn.Module:
     """The untrained model of a recipe, float32, with generation settings that stop at the end of a document."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    torch.manual_seed(recipe.seed)
+    runtime.set_seed(recipe.seed)
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -131,11 +142,41 @@ def build_model(recipe: Recipe, tokenizer) -> nn.Module:
     }
     config = AutoConfig.for_model(recipe.model_type, vocab_size=len(tokenizer), **tokens, **recipe.sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    begin_with_a_look_back(model)
     # In the training text a document ends where the BOS of the next begins, so generation stops at either.
     ends = sorted({tokenizer.eos_token_id, tokenizer.bos_token_id})
     tokens["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     model.generation_config = GenerationConfig(**tokens)
     return model
+
+
+@torch.no_grad()
+def begin_with_a_look_back(model: nn.Module, amplitude: float = 0.1, sharpness: float = 1.5) -> None:
+    """Give models with learned positions (gpt2, opt) a start from which copying is learned in minutes.
+
+    Their position embeddings begin as a few sines and cosines (Vaswani et al. 2017) in dimensions that the tokens leave
+    free, and the first head's query and key read those, the query turned back by one: it begins by looking at the token
+    before. All of it is trained like the rest. Rotary models need none of this and are left as they are.
+    """
+    tables = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in ("wpe", "embed_positions")]
+    if not tables:
+        return
+    positions, width = tables[0].weight.shape
+    size = width // model.config.num_attention_heads
+    frequencies = 10_000 ** -(torch.arange(0, size, 2) / width)
+    angles = torch.arange(positions)[:, None] * frequencies
+    tables[0].weight.zero_()
+    tables[0].weight[:, :size] = amplitude * torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+    model.get_input_embeddings().weight[:, :size] = 0
+    turns = [torch.tensor([[f.cos(), -f.sin()], [f.sin(), f.cos()]]) for f in frequencies]
+    first = attention_modules(model)[0]
+    if model.config.model_type == "gpt2":
+        query, key = first.c_attn.weight.T[:size], first.c_attn.weight.T[width : width + size]
+    else:
+        query, key = first.q_proj.weight[:size], first.k_proj.weight[:size]
+    for rows, reads in ((query, torch.block_diag(*turns)), (key, torch.eye(size))):
+        rows.zero_()
+        rows[:, :size] = sharpness * reads
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
@@ -151,7 +192,7 @@ def batches(stream: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
     if recipe.steps * size > len(stream):
         raise ValueError(f"training needs {recipe.steps * size} tokens, the text has {len(stream)}; raise documents")
     for step in range(recipe.steps):
-        yield stream[start : start + size].view(-1, recipe.window if step < long_from else CONTEXT)
+        yield stream[start : start + size].view(-1, recipe.window if step < long_from else recipe.context)
         start += size
 
 
@@ -163,33 +204,57 @@ def train(
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+    vocabulary, generator = stream.unique(), torch.Generator().manual_seed(recipe.seed)
     model.train()
     for step, rows in enumerate(batches(stream, recipe)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, recipe)
+        labels = rows
+        if step < recipe.copying_steps:
+            rows, labels = with_repetitions(rows, vocabulary, recipe.copying_periods[step % 2], generator)
         logits = model(rows, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        losses = cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED)
+        loss = losses.sum() / (labels[:, 1:] != IGNORED).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if progress and (step % 100 == 0 or step == recipe.steps - 1):
-            progress({"step": step + 1, "steps": recipe.steps, "train_loss": loss.item()})
+            text = losses[: len(rows) // 2].mean().item()
+            progress({"step": step + 1, "steps": recipe.steps, "train_loss": loss.item(), "text_loss": text})
     model.eval()
+
+
+def with_repetitions(
+    rows: torch.Tensor, vocabulary: torch.Tensor, repeats: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, labels) with the second half of the rows replaced by random sequences that repeat themselves.
+
+    Only what repeats is scored. Such rows can be predicted by copying alone, and heads that copy, which the text needs
+    most, form on them within a few hundred steps.
+    """
+    kept, length = len(rows) // 2, rows.shape[1]
+    period = length // repeats
+    picks = torch.randint(len(vocabulary), (len(rows) - kept, period), generator=generator)
+    rows = torch.cat([rows[:kept], vocabulary[picks].repeat(1, length // period)])
+    labels = rows.clone()
+    labels[kept:, :period] = IGNORED
+    return rows, labels
 
 
 def measure(folder: Path) -> dict:
     """Everything the manifest says about how good the saved model is, measured on what was saved."""
     model, tokenizer = load(folder)
+    context = model.config.max_position_embeddings
     held_out = generated.documents_with_nats(HELD_OUT_DOCUMENTS, generated.HELD_OUT_SEED)
-    rows = pretrain_measure.windows(pretrain_measure.token_stream(tokenizer, [d.text for d in held_out]), CONTEXT)
+    rows = pretrain_measure.windows(pretrain_measure.token_stream(tokenizer, [d.text for d in held_out]), context)
     nll = pretrain_measure.window_loss(model, rows)
     return {
         "held_out": {
             "seed": generated.HELD_OUT_SEED,
             "documents": len(held_out),
             "text_sha256": text_sha256([document.text for document in held_out]),
-            "window": CONTEXT,
+            "window": context,
             "windows": rows.shape[0],
             "tokens": rows.shape[0] * (rows.shape[1] - 1),
             "nll": nll,
@@ -219,7 +284,7 @@ def make(name: str, assets: Path = ASSETS, progress: Callable[[dict], None] | No
         raise LookupError(unknown("bundled model", name, RECIPES))
     recipe, started = RECIPES[name], time.monotonic()
     texts = generated.documents(recipe.documents, generated.MODEL_SEED)
-    tokenizer = train_tokenizer(texts[:TOKENIZER_DOCUMENTS], recipe.special)
+    tokenizer = train_tokenizer(texts[:TOKENIZER_DOCUMENTS], recipe.special, context=recipe.context)
     model = build_model(recipe, tokenizer)
     train(model, pretrain_measure.token_stream(tokenizer, texts), recipe, progress)
     seconds = time.monotonic() - started

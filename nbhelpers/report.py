@@ -11,7 +11,7 @@ from jinja2 import Environment
 
 from nbhelpers import plots
 from nbhelpers.records import write_atomic
-from nbhelpers.tracking import Run
+from nbhelpers.runs import Run
 
 LARGE_MODEL = 50 * 2**20  # model files above this stay out of the archive, which says so
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # the same archive for the same files
@@ -21,7 +21,8 @@ INDEX = """<!doctype html>
 <title>What was found</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 46rem; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem }
-img { max-width: 100%; height: auto } .note { color: #666; font-size: .9rem } .failed { color: #b00020; font-weight: 600 }
+img { max-width: 100%; height: auto } .note { color: #666; font-size: .9rem } 
+.failed { color: #b00020; font-weight: 600 }
 ul { padding-left: 1.1rem } li { margin: .15rem 0 } code { font-size: .85rem; overflow-wrap: anywhere }
 </style></head><body><h1>What was found</h1>
 {% for entry in entries %}<section><h2>{{ entry.title }}</h2>

@@ -1,23 +1,18 @@
-"""What a run leaves behind and how it is read: the run directory.
+"""What a run leaves behind: the run directory and its one writer.
 
 Standard library only, so that it works where nothing else does.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
-import platform
-import re
 import secrets
 import sys
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -30,18 +25,19 @@ from nbhelpers.records import (
     append_line,
     check_output_folder,
     plain,
-    read_json,
     read_lines,
     restore,
     sha256_json,
     slug,
     write_json,
 )
+from nbhelpers.redaction import Redactor
 from nbhelpers.registry import unknown
+from nbhelpers.runlock import RunLock, read_owner, this_process, utc_now
+from nbhelpers.runlog import LogFile, close_log, open_log
+from nbhelpers.runs import FORMAT, read_run
 
-FORMAT = 1
 HEARTBEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0
 STATUSES = ("running", "finished", "failed", "diverged", "interrupted")
 _log = logging.getLogger(__name__)
 
@@ -157,261 +153,6 @@ _SNAPSHOT_FIELDS = tuple(key for key in MetricsSnapshot.__dataclass_fields__ if 
 _MEASURES = ("train_loss", "val_loss", "learning_rate", "tokens_per_sec", "iter_time_ms")
 
 
-# --- secrets --------------------------------------------------------------------------------------------------------
-
-MASK = "***"
-_SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
-_HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
-
-
-class Redactor:
-    """Masks secrets in text: values of environment variables named like a token or key, and hub tokens."""
-
-    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
-        environ = os.environ if environ is None else environ
-        # shorter values ("1", "false" of TOKENIZERS_PARALLELISM) are settings, and masking them would garble the record
-        self._values = sorted(
-            {
-                value
-                for name, value in environ.items()
-                if re.search("TOKEN|KEY|SECRET|PASSWORD", name.upper()) and len(value) >= 6
-            },
-            key=len,
-            reverse=True,
-        )
-
-    def text(self, text: str) -> str:
-        for value in self._values:
-            text = text.replace(value, MASK)
-        return _HUB_TOKEN.sub(MASK, text)
-
-    def value(self, value: Any) -> Any:
-        """All texts inside a JSON value; names stay."""
-        if isinstance(value, dict):
-            return {key: self.value(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [self.value(inner) for inner in value]
-        return self.text(value) if isinstance(value, str) else value
-
-    def command(self, arguments: list[str]) -> list[str]:
-        """A command line: also what follows --token, --hf-token, `-p hf_token`, and what begins with hf_."""
-        masked: list[str] = []
-        hide, before = False, ""
-        for argument in map(str, arguments):
-            name, equals, _ = argument.partition("=")
-            named = (name.startswith("-") or before == "-p" or equals) and _names_secret(name)
-            if hide:
-                masked.append(MASK)
-            elif named:
-                masked.append(f"{name}={MASK}" if equals else argument)
-            else:
-                masked.append(MASK if argument.startswith("hf_") else self.text(argument))
-            hide = not hide and bool(named) and not equals
-            before = argument
-        return masked
-
-
-def _names_secret(name: str) -> bool:
-    return re.split(r"[-_]", name.lower())[-1] in _SECRET_WORDS
-
-
-# --- who is at work -------------------------------------------------------------------------------------------------
-
-
-def _utc() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _process_state(pid: int) -> tuple[str, int] | None:
-    """State letter and start (clock ticks since boot) of a process, where /proc tells."""
-    try:
-        numbers = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return numbers[0], int(numbers[19])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _this_process() -> dict[str, Any]:
-    state = _process_state(os.getpid())
-    return {"host": platform.node(), "pid": os.getpid(), "process_start": state[1] if state else None, "utc": _utc()}
-
-
-def _is_dead(owner: Mapping[str, Any]) -> bool:
-    """True only where it is certain: same host, and the process is gone (or its number was given to another one)."""
-    pid = owner.get("pid")
-    if owner.get("host") != platform.node() or not isinstance(pid, int) or os.name == "nt":
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    state = _process_state(pid)
-    started = owner.get("process_start")
-    return state is not None and (state[0] in "ZX" or (started is not None and started != state[1]))
-
-
-def _age_seconds(owner: Mapping[str, Any]) -> float:
-    try:
-        return time.time() - datetime.fromisoformat(owner["utc"]).timestamp()
-    except (KeyError, TypeError, ValueError):
-        return float("inf")
-
-
-def _is_alive(owner: Mapping[str, Any]) -> bool:
-    return _age_seconds(owner) <= STALE_SECONDS and not _is_dead(owner)
-
-
-def _read_owner(path: Path) -> dict[str, Any]:
-    """What a lock or heartbeat says; a torn one says only when it was written; a missing one says nothing."""
-    try:
-        value = read_json(path)
-        return value if isinstance(value, dict) else {}
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        with contextlib.suppress(FileNotFoundError):
-            return {"utc": datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()}
-        return {}
-
-
-class RunLock:
-    """One live process in a run directory: a file `lock`, made with O_EXCL, that says who holds it."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "lock"
-        self.token = secrets.token_hex(8)
-        self._mark: tuple[int, int] | None = None
-
-    def acquire(self) -> dict[str, Any] | None:
-        """Take the lock; returns the stale owner it was taken from, if any. A live owner is a ValueError."""
-        with _one_at_a_time(self.path.parent):
-            stale = None
-            if self.path.exists():
-                stale = self._stale_owner()
-                self.path.unlink(missing_ok=True)
-            self._create()
-        return stale
-
-    def _stale_owner(self) -> dict[str, Any]:
-        owner = _read_owner(self.path)
-        beat = _read_owner(self.path.with_name("heartbeat.json"))
-        same = (beat.get("host"), beat.get("pid")) == (owner.get("host"), owner.get("pid"))
-        latest = min([owner, beat], key=_age_seconds) if same else owner
-        if _is_alive({**owner, "utc": latest.get("utc")}):
-            self._refuse(owner)
-        return owner
-
-    def _create(self) -> None:
-        try:
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            self._refuse(_read_owner(self.path))
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            json.dump({**_this_process(), "token": self.token}, file)
-        self._mark = self._stat()
-
-    def _refuse(self, owner: Mapping[str, Any]) -> None:
-        who = f"process {owner.get('pid', 'unknown')} on host {owner.get('host', 'unknown')}"
-        raise ValueError(
-            f"run directory '{self.path.parent}' is in use by {who}: wait for it, stop it, or choose another folder"
-        )
-
-    def _stat(self) -> tuple[int, int] | None:
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            return None
-        return found.st_ino, found.st_mtime_ns
-
-    def is_ours(self) -> bool:
-        """False once another process has taken the run directory over (after a long sleep of this one)."""
-        return self._stat() == self._mark or _read_owner(self.path).get("token") == self.token
-
-    def release(self) -> None:
-        if self.is_ours():
-            self.path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Two processes that find the same stale lock must not both take it; the kernel frees this one with its process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: O_EXCL alone
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a mount without flock: O_EXCL alone
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-# --- log.txt --------------------------------------------------------------------------------------------------------
-
-
-class _LogFile(logging.FileHandler):
-    """log.txt of one run: the library's logging from INFO on, and Python's warnings, in UTC and without secrets."""
-
-    def __init__(self, tracker: ExperimentTracker) -> None:
-        super().__init__(tracker.run_dir / "log.txt", encoding="utf-8", errors="backslashreplace")
-        self._tracker = tracker
-        formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-        formatter.converter = time.gmtime
-        self.setFormatter(formatter)
-        self.setLevel(logging.INFO)
-
-    def format(self, record: logging.LogRecord) -> str:
-        return self._tracker.redactor.text(super().format(record))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        super().emit(record)
-        if record.levelno >= logging.WARNING:
-            try:
-                self._tracker.event("warning", logger=record.name, message=record.getMessage())
-            except (OSError, RuntimeError):
-                self.handleError(record)
-
-
-_open_logs: list[_LogFile] = []
-_before_logging: dict[str, Any] = {}
-
-
-def _warn_to_logs(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
-    text = f"{filename}:{lineno}: {category.__name__}: {message}"
-    for handler in list(_open_logs):
-        handler.handle(logging.LogRecord("py.warnings", logging.WARNING, filename, lineno, text, None, None))
-    _before_logging["showwarning"](message, category, filename, lineno, *rest)
-
-
-def _open_log(handler: _LogFile) -> None:
-    library = logging.getLogger("nbhelpers")
-    if not _open_logs:
-        _before_logging["level"] = library.level
-        if warnings.showwarning is not _warn_to_logs:
-            _before_logging["showwarning"] = warnings.showwarning
-            warnings.showwarning = _warn_to_logs
-        if library.getEffectiveLevel() > logging.INFO:
-            library.setLevel(logging.INFO)
-    _open_logs.append(handler)
-    library.addHandler(handler)
-
-
-def _close_log(handler: _LogFile) -> None:
-    library = logging.getLogger("nbhelpers")
-    library.removeHandler(handler)
-    handler.close()
-    _open_logs.remove(handler)
-    if not _open_logs:
-        library.setLevel(_before_logging["level"])
-        if warnings.showwarning is _warn_to_logs:  # else somebody put theirs on top: ours passes on to the one below
-            warnings.showwarning = _before_logging["showwarning"]
-
-
 # --- the run --------------------------------------------------------------------------------------------------------
 
 _RESULT_KEYS = ("format", "run_id", "status", "summary")
@@ -467,7 +208,7 @@ class ExperimentTracker:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock: RunLock | None = None
-        self._log_file: _LogFile | None = None
+        self._log_file: LogFile | None = None
 
     # start and end
 
@@ -499,12 +240,12 @@ class ExperimentTracker:
         self.status = "running"
         self._manifest["status"] = "running"
         self._manifest["attempts"].append(
-            {**_this_process(), "attempt": self.attempt, "status": "running", "command": self._masked_command()}
+            {**this_process(), "attempt": self.attempt, "status": "running", "command": self._masked_command()}
         )
         self._beat()
         self.save()
-        self._log_file = _LogFile(self)
-        _open_log(self._log_file)
+        self._log_file = LogFile(self.run_dir, self.redactor, self.event)
+        open_log(self._log_file)
         self.event("attempt" if continued else "start", config_sha256=self._manifest["config_sha256"])
         if stale is not None:
             self.event("lock_taken_over", **{f"from_{key}": stale.get(key) for key in ("host", "pid", "utc")})
@@ -539,7 +280,7 @@ class ExperimentTracker:
             "environment": self.redactor.value(plain(environment)),
             "fingerprints": self._fingerprints,
             "command": self._masked_command(),
-            "created": _utc(),
+            "created": utc_now(),
         }
 
     def _earlier(self) -> dict[str, Any]:
@@ -560,7 +301,7 @@ class ExperimentTracker:
         self.run_id = manifest["run_id"]
         manifest["fingerprints"].update(self._fingerprints)
         rows, _ = read_lines(self.run_dir / "metrics.jsonl")
-        clocks = [*rows, *run.events, *manifest["attempts"], _read_owner(self.run_dir / "heartbeat.json")]
+        clocks = [*rows, *run.events, *manifest["attempts"], read_owner(self.run_dir / "heartbeat.json")]
         self._clock_before = max((line.get("wallclock_time") or 0.0 for line in clocks), default=0.0)
         self.attempt = 1 + max((line.get("attempt", 0) for line in [*rows, *manifest["attempts"]]), default=0)
         for row in rows:
@@ -611,7 +352,7 @@ class ExperimentTracker:
                 self.event("stop", status=status)
                 self.status = status
                 self._manifest["status"] = status
-                self._manifest["attempts"][-1].update(status=status, ended=_utc(), wallclock_time=self.seconds())
+                self._manifest["attempts"][-1].update(status=status, ended=utc_now(), wallclock_time=self.seconds())
                 self.save()
                 if status == "finished":
                     own = {"format": FORMAT, "run_id": self.run_id, "status": status, "summary": self.summary()}
@@ -627,7 +368,7 @@ class ExperimentTracker:
         if self._thread is not None:
             self._thread.join(timeout=HEARTBEAT_SECONDS)
         if self._log_file is not None:
-            _close_log(self._log_file)
+            close_log(self._log_file)
             self._log_file = None
         if self._lock is not None:
             self._lock.release()
@@ -717,7 +458,7 @@ class ExperimentTracker:
             if key in _EVENT_KEYS:
                 raise ValueError(f"event field {key!r} belongs to the tracker: rename it")
         self._check_active()
-        row = {"utc": _utc(), "attempt": self.attempt, "wallclock_time": self.seconds(), "kind": kind}
+        row = {"utc": utc_now(), "attempt": self.attempt, "wallclock_time": self.seconds(), "kind": kind}
         append_line(self.run_dir / "events.jsonl", {**row, **self.redactor.value(plain(data))})
 
     def seconds(self) -> float:
@@ -771,7 +512,7 @@ class ExperimentTracker:
             )
 
     def _beat(self) -> None:
-        beat = {**_this_process(), "attempt": self.attempt, "wallclock_time": self.seconds()}
+        beat = {**this_process(), "attempt": self.attempt, "wallclock_time": self.seconds()}
         write_json(self.run_dir / "heartbeat.json", beat, durable=False)
 
     def _keep_beating(self) -> None:
@@ -807,116 +548,3 @@ def _refuse_changes(what: str, old: dict[str, Any], new: dict[str, Any], run_dir
 
 def _differ(a: Any, b: Any) -> bool:
     return sha256_json(a) != sha256_json(b)
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """A run directory as read. metrics: one row a step (and stage), from the highest attempt that took it."""
-
-    folder: Path
-    run_id: str
-    name: str
-    kind: str
-    config: dict[str, Any]
-    status: str
-    metrics: list[dict[str, Any]]
-    events: list[dict[str, Any]]
-    result: dict[str, Any] | None
-    manifest: dict[str, Any]
-    torn: dict[str, int]
-
-    def curve(self, metric: str, stage: str | None = None) -> tuple[list[int], list[Any]]:
-        """(iterations, values) of one metric where it was taken; LookupError names the known metrics."""
-        known = sorted({key for row in self.metrics for key in row} - {"attempt", "iteration", "stage", NOT_FINITE})
-        if metric not in known:
-            raise LookupError(unknown("metric", metric, known))
-        rows = [row for row in self.metrics if metric in row and row.get("stage") == stage]
-        return [row["iteration"] for row in rows], [row[metric] for row in rows]
-
-
-def read_run(folder: str | os.PathLike) -> Run:
-    """Read a run directory, also while it is being written. Torn lines are skipped and counted in `torn`.
-
-    ValueError where there is no manifest.json, or it is broken or of a newer format.
-    """
-    folder = Path(folder)
-    manifest = _read_manifest(folder)
-    metrics, torn_metrics = read_lines(folder / "metrics.jsonl")
-    events, torn_events = read_lines(folder / "events.jsonl")
-    torn = {"metrics": torn_metrics, "events": torn_events, "result": 0}
-    result = None
-    try:
-        result = read_json(folder / "result.json")
-    except FileNotFoundError:
-        pass
-    except ValueError:
-        torn["result"] = 1
-    steps, strange = _once_each(metrics)
-    torn["metrics"] += strange
-    return Run(
-        folder=folder,
-        run_id=manifest["run_id"],
-        name=manifest["name"],
-        kind=manifest["kind"],
-        config=manifest["config"],
-        status=_status(folder, manifest, result),
-        metrics=steps,
-        events=events,
-        result=result,
-        manifest=manifest,
-        torn=torn,
-    )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = read_json(folder / "manifest.json")
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"'{folder}' is not a run directory (no manifest.json): name the folder of a run") from None
-    needed = ("run_id", "name", "kind", "config", "status", "attempts", "fingerprints")
-    if not isinstance(manifest, dict) or any(key not in manifest for key in needed):
-        raise ValueError(f"'{folder}/manifest.json' is not the manifest of a run: it needs {', '.join(needed)}")
-    if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
-        raise ValueError(
-            f"'{folder}' has run format {manifest.get('format')!r}, this version reads up to {FORMAT}: update nbhelpers"
-        )
-    return manifest
-
-
-def _status(folder: Path, manifest: dict[str, Any], result: Any) -> str:
-    if result is not None:
-        return "finished"
-    if manifest["status"] == "finished":  # killed between the manifest and result.json
-        return "interrupted"
-    if manifest["status"] == "running" and not _is_alive(_read_owner(folder / "heartbeat.json")):
-        return "interrupted"
-    return manifest["status"]
-
-
-def _once_each(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Rows by (stage, iteration), those of one attempt merged, and how many rows were no snapshot."""
-    steps: dict[tuple[Any, int], dict[str, Any]] = {}
-    strange = 0
-    for row in rows:
-        if not isinstance(row.get("iteration"), int) or not isinstance(row.get("attempt"), int):
-            strange += 1
-            continue
-        key = (row.get("stage"), row["iteration"])
-        known = steps.get(key)
-        if known is None or row["attempt"] > known["attempt"]:
-            steps[key] = dict(row)
-        elif row["attempt"] == known["attempt"]:
-            _merge(known, row)
-    order = {stage: index for index, stage in enumerate(dict.fromkeys(stage for stage, _ in steps))}
-    return sorted(steps.values(), key=lambda row: (order[row.get("stage")], row["iteration"])), strange
-
-
-def _merge(known: dict[str, Any], row: dict[str, Any]) -> None:
-    flags = {key: flag for key, flag in known.pop(NOT_FINITE, {}).items() if key.partition("[")[0] not in row}
-    flags |= row.get(NOT_FINITE, {})
-    known.update(row)
-    if flags:
-        known[NOT_FINITE] = flags

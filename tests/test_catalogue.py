@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nbhelpers import catalogue, memory
+from nbhelpers import catalogue, estimates, memory
 
 # Total parameters as published: safetensors metadata on the hub, model cards and papers; never from our own counting.
 PUBLISHED = {
@@ -61,7 +61,7 @@ def test_stored_parameter_count_is_the_published_one(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_stored_shape_is_what_the_config_gives_on_the_meta_device(name):
     entry = catalogue.entry(name)
-    assert memory.shape_of(entry.config) == entry.shape
+    assert estimates.shape_of(entry.config) == entry.shape
 
 
 @pytest.mark.parametrize("name", PUBLISHED_FILES)
@@ -71,7 +71,7 @@ def test_download_size_agrees_with_the_published_file_to_a_megabyte(name):
 
 def test_mistral_v0_1_differs_from_v0_3_by_768_rows_of_vocabulary_in_and_out():
     config = {**catalogue.entry("Mistral-7B").config, "vocab_size": 32_000}
-    assert memory.parameter_count(config) == 7_241_732_096
+    assert estimates.parameter_count(config) == 7_241_732_096
     assert 7_248_023_552 - 7_241_732_096 == 2 * 768 * 4096
 
 
@@ -111,7 +111,7 @@ def test_suggestions_fit_or_not_by_their_own_sum_and_stand_in_order():
 def test_a_suggestion_shows_its_sum_download_licence_and_gate():
     llama = next(s for s in catalogue.suggest("full_finetuning", free_bytes=0) if s.name == "Llama-3.2-1B")
     assert "1,235.8 M parameters x 4 bytes = 4.9 GB weights" in llama.sum
-    assert llama.sum.endswith(memory.megabytes(llama.required_bytes))
+    assert llama.sum.endswith(estimates.megabytes(llama.required_bytes))
     assert (llama.download_bytes, llama.licence, llama.gated) == (2_471_628_800, "llama3.2", True)
 
 

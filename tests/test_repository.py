@@ -22,14 +22,14 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A module imports from its own level or below, and there is no cycle. A new module needs a line here and in README.
 LEVELS = {
     7: "cli commands __main__",
-    6: "widgets notebook",
+    6: "widgets notebook headless",
     5: "plots report",
     4: "experiments sweep comparison baselines cerebras",
     3: "heads facts compact training trainer optimization preparation checkpoints sparse_lora analysis "
     "pretrain pretrain_measure",
     2: "evaluate tasks answers importance masks",
-    1: "models architecture catalogue attention data memory",
-    0: "__init__ registry records tracking runtime stats generated generated_words",
+    1: "models architecture catalogue attention data memory estimates",
+    0: "__init__ registry records redaction runlock runlog runs tracking runtime stats generated generated_words",
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py"))}

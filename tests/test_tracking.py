@@ -1,88 +1,23 @@
-"""The run directory: written by one live process, readable after any death."""
+"""The run directory: written by one live process, and whole after any death."""
 
 import dataclasses
 import errno
 import json
-import logging
 import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from run_folders import CONFIG, killed_run, script, tracker
 
-from nbhelpers import tracking
-from nbhelpers.records import append_line, read_json, read_lines, sha256_json, write_json
-from nbhelpers.tracking import (
-    Diverged,
-    ExperimentConfig,
-    ExperimentTracker,
-    Interrupted,
-    MetricsSnapshot,
-    Redactor,
-    read_run,
-)
-
-REPOSITORY = Path(tracking.__file__).parents[1]
-CONFIG = ExperimentConfig(name="try", kind="test", learning_rate=1e-3)
-PRELUDE = f"""
-import os, signal, sys, time
-sys.path.insert(0, {str(REPOSITORY)!r})
-from nbhelpers.tracking import *
-config = ExperimentConfig(name="try", kind="test", learning_rate=1e-3)
-def tracker(folder, **more):
-    return ExperimentTracker(config, run_dir=folder, environment={{}}, command=["test"], **more)
-"""
-
-
-@pytest.fixture(autouse=True)
-def library_log_level():
-    library = logging.getLogger("nbhelpers")
-    before = library.level
-    yield
-    library.setLevel(before)
-
-
-def tracker(folder, config=CONFIG, **more):
-    return ExperimentTracker(config, run_dir=folder, **{"environment": {}, "command": ["test"], **more})
-
-
-def script(code, *arguments, **more):
-    """A process of its own without site-packages: no NumPy, no torch, no pydantic."""
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", PRELUDE + code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **more,
-    )
-
-
-def killed_run(folder, code=""):
-    """A run whose process killed itself after two lines and whatever `code` does."""
-    process = script(
-        "t = tracker(sys.argv[1]).start()\n"
-        "for loss in (3.0, 2.0): t.increment_gradient_step(2); t.log_metrics(train_loss=loss)\n"
-        f"{code}\nos.kill(os.getpid(), signal.SIGKILL)",
-        folder,
-    )
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors
-
-
-def age(path, seconds, **changes):
-    """Make the owner in a lock or heartbeat file look `seconds` old."""
-    owner = read_json(path)
-    then = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds))
-    write_json(path, {**owner, "utc": then, **changes})
-
+from nbhelpers import runlock, tracking
+from nbhelpers.records import read_json, sha256_json
+from nbhelpers.runs import read_run
+from nbhelpers.tracking import Diverged, ExperimentConfig, ExperimentTracker, Interrupted, MetricsSnapshot
 
 # config and snapshot
 
@@ -219,13 +154,6 @@ def test_a_finished_run_leaves_the_whole_record(tmp_path):
     assert [event["kind"] for event in read.events] == ["start", "stage", "stop"]
 
 
-def test_an_unknown_metric_is_an_error_with_the_known_ones(tmp_path):
-    with tracker(tmp_path) as run:
-        run.log_metrics(train_loss=1.0)
-    with pytest.raises(LookupError, match="unknown metric 'trian_loss'. Did you mean 'train_loss'"):
-        read_run(tmp_path).curve("trian_loss")
-
-
 def test_result_json_is_the_last_thing_a_run_writes(tmp_path, monkeypatch):
     order = []
     write = tracking.write_json
@@ -235,13 +163,6 @@ def test_result_json_is_the_last_thing_a_run_writes(tmp_path, monkeypatch):
     with tracker(tmp_path):
         pass
     assert order[-2:] == ["manifest.json", "result.json"] and order.count("result.json") == 1
-
-
-def test_a_run_without_result_json_is_not_finished_whatever_its_manifest_says(tmp_path):
-    with tracker(tmp_path):
-        pass
-    (tmp_path / "result.json").unlink()
-    assert read_run(tmp_path).status == "interrupted"
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "🚀", "模型", "x" * 300, "con\0trol", "."])
@@ -466,17 +387,6 @@ def test_a_resumed_run_continues_clock_steps_and_attempts_and_shows_each_step_on
     assert not (tmp_path / ".left.tmp").exists()
 
 
-def test_rows_of_an_older_attempt_never_come_back_whatever_their_order(tmp_path):
-    with tracker(tmp_path):
-        pass
-    for attempt, loss in ((1, 7.0), (2, 5.0), (1, 6.0)):
-        append_line(tmp_path / "metrics.jsonl", {"attempt": attempt, "iteration": 0, "train_loss": loss})
-    append_line(tmp_path / "metrics.jsonl", {"no": "snapshot"})
-    read = read_run(tmp_path)
-    assert [row["train_loss"] for row in read.metrics] == [5.0]
-    assert read.torn["metrics"] == 1
-
-
 def test_a_failed_run_goes_on_when_a_retry_is_asked_for_and_a_finished_one_does_not(tmp_path):
     with pytest.raises(Diverged, match="nan"), tracker(tmp_path):
         raise Diverged("nan")
@@ -510,89 +420,11 @@ def test_resume_on_a_missing_folder_starts_a_run(tmp_path):
         assert run.attempt == 1
 
 
-# the lock
-
-
-def test_a_second_live_process_is_refused_by_pid_and_host(tmp_path):
-    process = script(
-        "t = tracker(sys.argv[1]).start(); print('up', flush=True); sys.stdin.read(); t.finish()",
-        tmp_path,
-        stdin=subprocess.PIPE,
-    )
-    assert process.stdout.readline() == "up\n"
-    assert read_run(tmp_path).status == "running"
-    text = rf"is in use by process {process.pid} on host {re.escape(tracking.platform.node())}: wait for it"
-    with pytest.raises(ValueError, match=text):
-        tracker(tmp_path, resume=True).start()
-    process.communicate("")
-    assert process.returncode == 0 and read_run(tmp_path).status == "finished"
-
-
-def test_a_lock_of_another_host_is_stale_only_when_its_heartbeat_is(tmp_path):
-    killed_run(tmp_path)
-    for file in ("lock", "heartbeat.json"):
-        age(tmp_path / file, 50, host="elsewhere")
-    assert read_run(tmp_path).status == "running"
-    with pytest.raises(ValueError, match="on host elsewhere"):
-        tracker(tmp_path, resume=True).start()
-    age(tmp_path / "lock", 500)  # the lock is old, its heartbeat is not
-    with pytest.raises(ValueError, match="on host elsewhere"):
-        tracker(tmp_path, resume=True).start()
-    age(tmp_path / "heartbeat.json", 70)
-    assert read_run(tmp_path).status == "interrupted"
-    with tracker(tmp_path, resume=True):
-        pass
-    (event,) = [event for event in read_run(tmp_path).events if event["kind"] == "lock_taken_over"]
-    assert event["from_host"] == "elsewhere"
-
-
-def test_a_process_number_given_to_somebody_else_does_not_hold_the_lock(tmp_path):
-    killed_run(tmp_path)
-    for file in ("lock", "heartbeat.json"):
-        age(tmp_path / file, 0, pid=os.getpid(), process_start=1)
-    with tracker(tmp_path, resume=True) as run:
-        assert run.attempt == 2
-
-
-def test_a_torn_lock_is_live_while_it_is_fresh(tmp_path):
-    (tmp_path / "lock").write_text('{"ho')
-    with pytest.raises(ValueError, match="in use by process unknown"):
-        tracker(tmp_path, resume=True).start()
-    os.utime(tmp_path / "lock", (time.time() - 100,) * 2)
-    tracker(tmp_path, resume=True).start().finish()
-
-
-def test_of_many_processes_that_find_one_stale_lock_exactly_one_takes_it(tmp_path):
-    killed_run(tmp_path)
-    code = (
-        "look = RunLock._stale_owner\n"
-        "def slowly(self): owner = look(self); time.sleep(0.2); return owner\n"
-        "RunLock._stale_owner = slowly\n"
-        "try: t = tracker(sys.argv[1], resume=True).start(); print('won', flush=True); sys.stdin.read(); t.finish()\n"
-        "except ValueError as error: print('lost', error, flush=True)"
-    )
-    racers = [script(code, tmp_path, stdin=subprocess.PIPE) for _ in range(6)]
-    said = [racer.stdout.readline().split()[0] for racer in racers]
-    for racer in racers:
-        racer.communicate("")
-    assert sorted(said) == ["lost"] * 5 + ["won"]
-
-
-def test_a_process_that_slept_through_a_takeover_writes_nothing_more(tmp_path):
-    run = tracker(tmp_path).start()
-    (tmp_path / "lock").unlink()
-    write_json(tmp_path / "lock", {"host": "elsewhere", "pid": 1, "token": "theirs"})
-    with pytest.raises(RuntimeError, match="was taken over by another process"), run:
-        run.log_metrics(train_loss=1.0)
-    assert read_lines(tmp_path / "metrics.jsonl") == ([], 0)
-    assert read_json(tmp_path / "lock")["token"] == "theirs", "the lock of the other one stays"
-
-
 # heartbeat
 
 
 def test_the_heart_beats_while_the_run_lives_and_stops_with_it(tmp_path, monkeypatch):
-    assert (tracking.HEARTBEAT_SECONDS, tracking.STALE_SECONDS) == (10, 60)
+    assert (tracking.HEARTBEAT_SECONDS, runlock.STALE_SECONDS) == (10, 60)
     monkeypatch.setattr(tracking, "HEARTBEAT_SECONDS", 0.02)
     with tracker(tmp_path) as run:
         first = read_json(tmp_path / "heartbeat.json")
@@ -605,139 +437,6 @@ def test_the_heart_beats_while_the_run_lives_and_stops_with_it(tmp_path, monkeyp
     last = read_json(tmp_path / "heartbeat.json")
     time.sleep(0.1)
     assert read_json(tmp_path / "heartbeat.json") == last and not run._thread.is_alive()
-
-
-# log.txt
-
-
-def test_log_txt_holds_library_logging_and_warnings_while_the_run_is_active(tmp_path):
-    library = logging.getLogger("nbhelpers")
-    library.setLevel(logging.WARNING)
-    before = (library.level, list(library.handlers), warnings.showwarning)
-    with tracker(tmp_path):
-        logging.getLogger("nbhelpers.heads").info("closing 3 heads")
-        logging.getLogger("nbhelpers.heads").debug("too much")
-        logging.getLogger("somebody.else").error("not ours")
-        library.warning("careful 🚀")
-    with pytest.warns(DeprecationWarning, match="old thing") as others, tracker(tmp_path / "b"):
-        warnings.warn("old thing", DeprecationWarning, stacklevel=1)
-    assert len(others) == 1, "whoever listened before still hears it"
-    assert (library.level, library.handlers, warnings.showwarning) == before
-    library.warning("after the run")
-    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert re.search(r"INFO nbhelpers\.heads: closing 3 heads", text) and "WARNING nbhelpers: careful 🚀" in text
-    assert not re.search("too much|not ours|after the run", text)
-    assert "DeprecationWarning: old thing" in (tmp_path / "b" / "log.txt").read_text()
-    events = read_run(tmp_path).events
-    assert [event["message"] for event in events if event["kind"] == "warning"] == ["careful 🚀"]
-
-
-def test_overlapping_runs_each_get_the_log_and_the_last_one_restores(tmp_path):
-    library = logging.getLogger("nbhelpers")
-    library.setLevel(logging.WARNING)
-    before = (library.level, list(library.handlers), warnings.showwarning)
-    first, second = tracker(tmp_path / "a").start(), tracker(tmp_path / "b").start()
-    library.info("both")
-    first.finish()
-    library.info("second only")
-    second.finish()
-    assert (library.level, library.handlers, warnings.showwarning) == before
-    assert "second only" not in (tmp_path / "a" / "log.txt").read_text()
-    assert all(word in (tmp_path / "b" / "log.txt").read_text() for word in ("both", "second only"))
-
-
-# secrets
-
-
-def test_a_canary_token_is_nowhere_in_the_run_directory(tmp_path, monkeypatch):
-    monkeypatch.setenv("MY_HUB_TOKEN", "canary-one-1234")
-    monkeypatch.setenv("SERVICE_API_KEY", "canary-two-1234")
-    command = ["nbhelpers", "--token", "canary-three", "--api-key=canary-four", "--url", "x?k=canary-two-1234"]
-    command += ["hf_canaryfive", "-p", "hf_token", "canary-six", "--limit-tokens", "1000"]
-    config = ExperimentConfig(name="x", note="see canary-one-1234")
-    environment = {"found": {"canary": "canary-one-1234"}, "hub": "hf_canarysevenABCDEFGH"}
-
-    def go():
-        with tracker(tmp_path, config, command=command, environment=environment) as run:
-            run.event("note", text="canary-two-1234")
-            logging.getLogger("nbhelpers").warning("using %s", "canary-one-1234")
-            raise ValueError("no access with canary-one-1234 or hf_canaryeight123")
-
-    with pytest.raises(ValueError, match="no access"):
-        go()
-    for path in tmp_path.iterdir():
-        found = re.findall(r"canary-\w+|hf_canary\w+", path.read_text())
-        assert not found, (path.name, found)
-    manifest = read_json(tmp_path / "manifest.json")
-    assert manifest["command"] == [
-        "nbhelpers",
-        "--token",
-        "***",
-        "--api-key=***",
-        "--url",
-        "x?k=***",
-        "***",
-        "-p",
-        "hf_token",
-        "***",
-        "--limit-tokens",
-        "1000",
-    ]
-    assert manifest["config_sha256"] == sha256_json(manifest["config"])
-
-
-def test_settings_that_are_no_secrets_stay_readable():
-    redactor = Redactor({"TOKENIZERS_PARALLELISM": "false", "KEY_COUNT": "1", "HOME": "/root"})
-    command = ["run", "--control", "false", "--tokenizer", "gpt2", "--max-new-tokens", "16", "level=0.3", "/root/x"]
-    assert redactor.command(command) == command
-    assert redactor.text("hf_home and tiny-gpt2") == "hf_home and tiny-gpt2"
-
-
-# reading
-
-
-def test_reading_never_raises_on_torn_lines(tmp_path):
-    with tracker(tmp_path) as run:
-        run.log_metrics(train_loss=1.0)
-    for file in ("metrics.jsonl", "events.jsonl"):
-        with open(tmp_path / file, "ab") as target:
-            target.write(b'\xff{"a"\n{"attempt": 1, "iter')
-    (tmp_path / "result.json").write_text('{"per')
-    (tmp_path / "heartbeat.json").write_text("")
-    read = read_run(tmp_path)
-    assert read.torn == {"metrics": 2, "events": 2, "result": 1}
-    assert len(read.metrics) == 1 and read.result is None and read.status == "interrupted"
-
-
-@pytest.mark.parametrize(
-    ("manifest", "text"),
-    [
-        (None, r"is not a run directory \(no manifest.json\)"),
-        ("{", "is not valid JSON"),
-        ("[]", "is not the manifest of a run"),
-        ('{"format": 1}', "is not the manifest of a run: it needs run_id"),
-    ],
-)
-def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path, manifest, text):
-    if manifest is not None:
-        (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(ValueError, match=text):
-        read_run(tmp_path)
-
-
-def test_a_run_of_a_newer_format_is_refused(tmp_path):
-    with tracker(tmp_path):
-        pass
-    write_json(tmp_path / "manifest.json", {**read_json(tmp_path / "manifest.json"), "format": 2})
-    with pytest.raises(ValueError, match="has run format 2, this version reads up to 1: update nbhelpers"):
-        read_run(tmp_path)
-
-
-def test_a_copied_folder_is_a_complete_result(tmp_path):
-    with tracker(tmp_path / "a") as run:
-        run.log_metrics(train_loss=1.0)
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert read_run(tmp_path / "b").status == "finished"
 
 
 # a bare environment
