@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,14 +213,11 @@ def refresh(names: Sequence[str], runs: str | Path) -> list[Path]:
     import nbformat
 
     chosen = choose(names)
-    for path in chosen:
-        done = path.with_suffix(".executed.ipynb")
-        try:
+    with tempfile.TemporaryDirectory(prefix="nbhelpers-") as scratch:
+        for path in chosen:
+            done = Path(scratch) / path.name
             execute(path, done, {}, Path(runs).resolve())
-            content = nbformat.read(done, 4)
-        finally:
-            done.unlink(missing_ok=True)
-        write_atomic(path, nbformat.writes(clean(content)) + "\n")
+            write_atomic(path, nbformat.writes(clean(nbformat.read(done, 4))) + "\n")
     return chosen
 
 

@@ -97,7 +97,10 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], result: Mappin
     for axes in (left, right):
         axes.set_xlabel("optimizer step")
         _plain(axes)
-    left.legend(frameon=False)
+    if curves:
+        left.legend(frameon=False)
+    else:
+        left.text(0.5, 0.5, "not fine-tuned", ha="center", transform=left.transAxes)
     return figure
 
 

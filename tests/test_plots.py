@@ -64,3 +64,7 @@ def test_the_same_figure_gives_the_same_bytes():
 def test_a_model_with_no_head_closed_still_has_a_map():
     figure = plots.head_map(RESULT | {"scores": [], "pruned_heads": []})
     assert figure.axes[0].get_title().startswith("0 of 4")
+
+
+def test_without_a_training_the_curves_say_so():
+    assert [text.get_text() for text in plots.learning_curves({}, RESULT).axes[0].texts] == ["not fine-tuned"]
