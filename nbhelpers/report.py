@@ -21,7 +21,7 @@ INDEX = """<!doctype html>
 <title>What was found</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 46rem; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem }
-img { max-width: 100%; height: auto } .note { color: #666; font-size: .9rem } 
+img { max-width: 100%; height: auto } .note { color: #666; font-size: .9rem }
 .failed { color: #b00020; font-weight: 600 }
 ul { padding-left: 1.1rem } li { margin: .15rem 0 } code { font-size: .85rem; overflow-wrap: anywhere }
 </style></head><body><h1>What was found</h1>

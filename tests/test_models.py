@@ -164,7 +164,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
         (change_json("config.json", num_attention_heads="four"), "'num_attention_heads'.*check its config.json"),
         (change_json("config.json", num_attention_heads=5), "not a multiple of the number of attention heads"),
         (write("config.json", "{"), "is not a valid JSON file"),
-        (write("config.json", "[]"), "Should have a `model_type` key .*; check its config.json"),
+        (write("config.json", "[]"), "cannot load .*; check its config.json"),
         (write("config.json", "{}"), "Should have a `model_type` key in its config.json"),
         (without_tokenizer, "instantiate the backend tokenizer.*; check its tokenizer files"),
         (write("tokenizer.json", "{"), "check its tokenizer files"),
@@ -324,6 +324,16 @@ def test_a_full_disk_leaves_nothing_and_gives_one_line(pruned, tmp_path, monkeyp
             with pytest.raises(OSError, match="cannot write model folder '.*model': No space left on device; free"):
                 models.save_model(pruned.model, pruned.tokenizer, tmp_path / "model")
         assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_save_leaves_nothing(pruned, tmp_path, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruned.tokenizer, "save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        models.save_model(pruned.model, pruned.tokenizer, tmp_path / "model")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_disk_that_fills_up_while_the_weights_are_written_leaves_nothing(model_folders, tmp_path):
