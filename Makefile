@@ -6,6 +6,8 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
 # two threads per process at most: tests, kernels and workers run beside each other
 export OMP_NUM_THREADS ?= 2
+# threads that wait sleep: on a busy machine spinning ones make small models many times slower
+export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -206,13 +206,17 @@ def markdown(found: dict, command: str) -> str:
     """The README's section: tables and answers, every number and every yes or no from `found`."""
     by = {(row["strategy"], row["iterative"], row["level"]): row for row in found["table"]}
     control, facts = ppl(found["control"]["mean"]), f"{found['facts']} checked facts, {found['facts_failed']} failed"
-    lines = [
+    intro = (
         f"Test perplexity of stories260K ({found['model']['heads']} heads) on TinyStories, {found['model']['tokens']} "
         f"scored tokens in windows of {found['model']['window']}: **{ppl(found['baseline'])}** with all heads, "
         f"**{control}** for the unpruned control after {found['settings']['steps']} steps of full fine-tuning. "
         f"Means over {RANDOM_SEEDS} seeds for random and {SEEDS} for the others; intervals are 95 % over seeds. "
-        f"{found['runs']} runs, {facts}. Made by `{command}`; all numbers with their intervals are in "
-        "[benchmarks/results/head_pruning.json](benchmarks/results/head_pruning.json).",
+        f"{found['runs']} runs, {facts}. Training keeps its best validation state, step 0 included. "
+        f"Made by `{command}`; all numbers with their intervals are in "
+        "[benchmarks/results/head_pruning.json](benchmarks/results/head_pruning.json)."
+    )
+    lines = [
+        intro,
         "",
         "Perplexity after closing the share of heads in the column head:",
         "",
@@ -249,7 +253,7 @@ def _answer_entropy(found: dict, by: dict) -> str:
         + "Least harmful are "
         + "; ".join(f"{name} at {level:g}" for level, name in best.items())
         + f". Against magnitude, gradient and ablation of its own kind, level by level, entropy is worse beyond the "
-        f"interval in {worse} of {len(cells)} comparisons and better in {better}; it beats the mean of random beyond it at "
+        f"interval in {worse} of {len(cells)} comparisons and better in {better}; it beats the mean of random at "
         + (", ".join(beaten) or "no level")
         + "."
     )

@@ -8,6 +8,8 @@ from importlib import import_module
 
 import typer
 
+from nbhelpers import runtime
+
 # name -> (one line of help, function in commands.py); a two-word name is a command of a group
 COMMANDS = {
     "env": ("what this machine has, and which models fit", "env"),
@@ -44,6 +46,7 @@ def _not_loaded() -> None:
 
 
 def main() -> None:
+    runtime.let_threads_sleep()
     """Run the command line. What it cannot read is said in one line (with --json as JSON too), exit code 2."""
     arguments = sys.argv[1:]
     try:

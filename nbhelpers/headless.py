@@ -221,6 +221,18 @@ def refresh(names: Sequence[str], runs: str | Path) -> list[Path]:
     return chosen
 
 
+def join_streams(outputs: Sequence[dict]) -> list[dict]:
+    """Pieces of text that a cell printed one after another as one output; how they were cut depends on timing."""
+    joined: list[dict] = []
+    for output in outputs:
+        last = joined[-1] if joined else None
+        if last and output.output_type == last.output_type == "stream" and output.name == last.name:
+            last.text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
 def clean(content):
     """A notebook without widget state, timing and papermill metadata; outputs and counts stay."""
     language = content.metadata.get("language_info", {})
@@ -233,4 +245,6 @@ def clean(content):
         cell.metadata = {"tags": tags} if tags else {}
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        if "outputs" in cell:
+            cell.outputs = join_streams(cell.outputs)
     return content

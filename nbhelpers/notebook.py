@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from nbhelpers import runtime
 from nbhelpers.records import read_json
 
+runtime.let_threads_sleep()  # here, because a notebook imports this module before torch
 RUNS_VARIABLE = "NBHELPERS_RUNS"  # set by the headless runner
 TRAINED = ("fine_tuned", "control")
 
@@ -53,8 +54,8 @@ def progress() -> Callable[[dict], None]:
 
 
 def where(result: Mapping) -> str:
-    """Where the run and its model lie."""
-    return f"run    {result['run_dir']}\nmodel  {result['model_dir']}"
+    """Where the run and its model lie, seen from here."""
+    return f"run    {os.path.relpath(result['run_dir'])}\nmodel  {os.path.relpath(result['model_dir'])}"
 
 
 def show(figure) -> None:

@@ -91,9 +91,10 @@ RECIPES = {
     ),
     "small-llama": Recipe(
         "llama",
-        {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
         | {"intermediate_size": 384, "max_position_embeddings": 512, "tie_word_embeddings": True},
         _LLAMA,
+        steps=2200,
         learning_rate=2.5e-3,
     ),
 }

@@ -170,6 +170,17 @@ def _expandable_segments_help() -> bool:
 # Seeds ----------------------------------------------------------------------------------------------------------------
 
 
+def let_threads_sleep() -> bool:
+    """OpenMP threads that wait should sleep, not spin: on a busy machine that makes small models many times faster.
+
+    Sets OMP_WAIT_POLICY=PASSIVE unless it is set or torch is loaded (which reads it once); returns whether it did.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "torch" in sys.modules:
+        return False
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    return True
+
+
 def set_seed(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators (every device). `seed`: integer in [0, 2**32)."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:

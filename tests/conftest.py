@@ -16,6 +16,7 @@ import pytest
 _caches = tempfile.mkdtemp(prefix="nbhelpers-test-caches-")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", HF_HOME=_caches)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy machine many times slower
 
 _UNGUARDED = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
 _UNGUARDED_LOOKUP = socket.getaddrinfo

@@ -121,3 +121,10 @@ def test_cleaning_keeps_outputs_and_counts_and_drops_widgets_and_timing():
     assert set(content.metadata) == {"kernelspec", "language_info"} and content.metadata.language_info == {
         "name": "python"
     }
+
+
+def test_text_that_was_printed_in_pieces_is_stored_as_one():
+    pieces = [
+        new_output("stream", name=name, text=text) for name, text in [("stdout", "a"), ("stdout", "b"), ("stderr", "c")]
+    ]
+    assert [(o.name, o.text) for o in headless.join_streams(pieces)] == [("stdout", "ab"), ("stderr", "c")]

@@ -396,3 +396,13 @@ def test_the_cpu_has_a_name_also_where_proc_is_missing(monkeypatch):
 
     monkeypatch.setattr(runtime.Path, "read_text", missing)
     assert runtime._cpu_name()
+
+
+def test_waiting_threads_are_told_to_sleep_before_torch_is_loaded_and_never_against_the_user(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert runtime.let_threads_sleep() is False and "OMP_WAIT_POLICY" not in os.environ
+    monkeypatch.delitem(sys.modules, "torch")
+    assert runtime.let_threads_sleep() is True and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert runtime.let_threads_sleep() is False and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
