@@ -18,6 +18,7 @@ from nbhelpers import data, evaluate, facts, heads, memory, models, records, run
 from nbhelpers.architecture import Geometry, architecture, geometry
 from nbhelpers.heads import STRATEGIES
 from nbhelpers.registry import unknown
+from nbhelpers.stats import digits
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 
 WINDOW = 256  # tokens of a window where the config names none and the model's positions allow it
@@ -358,16 +359,16 @@ def outcome(perplexity: Mapping[str, float]) -> dict[str, float | None]:
 def verdict(perplexity: Mapping[str, float]) -> str:
     """One sentence with both perplexities, and whether pruning and fine-tuning beats fine-tuning alone."""
     base, pruned, tuned = perplexity["baseline"], perplexity["pruned"], perplexity.get("fine_tuned")
-    text = f"Closing the heads took perplexity from {base:.3g} to {pruned:.3g}"
+    text = f"Closing the heads took perplexity from {digits(base)} to {digits(pruned)}"
     if tuned is None:
         return text + "; not fine-tuned."
     ((name, value),) = outcome(perplexity).items()
-    text += f"; fine-tuning took it to {tuned:.3g} ({value:.0f} % {name.removesuffix('_percent')})."
+    text += f"; fine-tuning took it to {digits(tuned)} ({value:.0f} % {name.removesuffix('_percent')})."
     control = perplexity.get("control")
     if control is None:
         return text + " No unpruned control was run, so this may be learning of the text rather than recovery."
     beats = "beats" if tuned < control else "does not beat"
-    return text + f" That {beats} fine-tuning the whole model, which reaches {control:.3g} with the same budget."
+    return text + f" That {beats} fine-tuning the whole model, which reaches {digits(control)} with the same budget."
 
 
 def _shown(row: dict | None) -> dict | None:

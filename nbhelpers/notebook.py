@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from nbhelpers import runtime
 from nbhelpers.records import read_json
+from nbhelpers.stats import digits
 
 runtime.let_threads_sleep()  # here, because a notebook imports this module before torch
 RUNS_VARIABLE = "NBHELPERS_RUNS"  # set by the headless runner
@@ -70,9 +71,9 @@ def show(figure) -> None:
 
 def stage_table(result: Mapping) -> str:
     """What is the same on every machine: perplexity without training to 3 digits, and the decisions after training."""
-    lines = [f"{'test perplexity with all heads':<42} {result['baseline']['perplexity']:.3g}"]
+    lines = [f"{'test perplexity with all heads':<42} {digits(result['baseline']['perplexity'])}"]
     closed = f"{len(result['pruned_heads'])} of {result['total_heads']} heads closed"
-    lines.append(f"{f'with {closed}':<42} {result['pruned']['perplexity']:.3g}")
+    lines.append(f"{f'with {closed}':<42} {digits(result['pruned']['perplexity'])}")
     if result["fine_tuned"]:
         lines.append(f"{'fine-tuning lowered it':<42} {_below(result, 'fine_tuned', 'pruned')}")
     if result["control"]:

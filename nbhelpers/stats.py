@@ -29,6 +29,11 @@ class Interval:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}] ({self.confidence:.0%} over {self.n} {self.over})"
 
 
+def digits(value: float) -> str:
+    """Three significant digits for people: 1.90, 12.3, 128."""
+    return f"{value:#.3g}".removesuffix(".")
+
+
 def mean(values: Any) -> float:
     """Arithmetic mean of values: (n,), n >= 1."""
     if getattr(values, "ndim", 1) != 1:

@@ -170,7 +170,7 @@ def test_without_fine_tuning_there_is_no_recovery():
 )
 def test_the_verdict_says_whether_it_beats_fine_tuning_the_whole_model(control, words):
     perplexity = {"baseline": 4.0, "pruned": 8.0, "fine_tuned": 5.0} | ({"control": control} if control else {})
-    assert words in experiments.verdict(perplexity) and "4 to 8" in experiments.verdict(perplexity)
+    assert words in experiments.verdict(perplexity) and "4.00 to 8.00" in experiments.verdict(perplexity)
 
 
 # ------------------------------------------------------------------------------- saboteurs: the product says FAILED

@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from nbhelpers.stats import Interval, bootstrap, mean, mean_interval, paired_bootstrap_difference, student_t_quantile
+from nbhelpers.stats import (
+    Interval,
+    bootstrap,
+    digits,
+    mean,
+    mean_interval,
+    paired_bootstrap_difference,
+    student_t_quantile,
+)
 
 
 @pytest.mark.parametrize(
@@ -150,3 +158,8 @@ def test_zero_resamples_and_impossible_quantiles_are_refused():
 
 def test_mean_of_a_list_and_of_an_array_agree():
     assert mean([1, 2, 6]) == mean(np.array([1, 2, 6])) == 3
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.9, "1.90"), (12.345, "12.3"), (127.6, "128"), (0.05, "0.0500")])
+def test_numbers_for_people_have_three_significant_digits(value, text):
+    assert digits(value) == text

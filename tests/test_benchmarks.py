@@ -1,0 +1,80 @@
+"""Do the benchmarks count and summarise as a pencil does?"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def head_pruning():
+    return load("head_pruning")
+
+
+def test_the_grid_is_every_strategy_and_level_with_its_seeds(head_pruning):
+    cells = head_pruning.grid()
+    assert len(cells) == len({head_pruning.name(cell) for cell in cells}) == 25 + 7 * 5 * 3
+    assert {cell["level"] for cell in cells} == {0.1, 0.2, 0.3, 0.4, 0.5}
+
+
+def row(
+    strategy: str, level: float, seed: int, pruned: float, tuned: float, iterative: bool = False, control=None
+) -> dict:
+    protocol = {"window": 256, "tokens": 10}
+    return {
+        "strategy": strategy,
+        "iterative": iterative,
+        "level": level,
+        "seed": seed,
+        "baseline": 1.0,
+        "pruned": pruned,
+        "fine_tuned": tuned,
+        "control": control,
+        "facts": 9,
+        "facts_failed": 0,
+        "heads": 40,
+        "protocol": protocol,
+    }
+
+
+def test_means_differences_and_counts_are_those_of_a_pencil(head_pruning):
+    rows = [
+        row(
+            strategy,
+            level,
+            seed,
+            2.0 + bonus + 0.1 * seed,
+            1.2,
+            iterative,
+            1.1 if (strategy, level) == ("random", 0.1) else None,
+        )
+        for strategy, iterative, bonus in [
+            ("random", False, 1.0),
+            ("magnitude", False, 2.0),
+            *((s, i, 0.5 - 0.25 * i) for s in ("entropy", "gradient", "ablation") for i in (False, True)),
+        ]
+        for level in head_pruning.LEVELS
+        for seed in (0, 1)
+    ]
+    rows[0]["fine_tuned"] = 1.0
+    found = head_pruning.summarise(rows, "text.jsonl")
+    assert found["runs_that_beat_the_control"] == 1
+    assert found["gradient_minus_random_at_0.3"]["mean"] == pytest.approx(-0.5)
+    assert found["iterative_minus_one_shot_at_0.5"]["ablation"]["mean"] == pytest.approx(-0.25)
+    assert found["entropy_minus"]["magnitude one-shot"]["0.3"]["mean"] == pytest.approx(-1.5)
+    assert found["gain"]["control"]["mean"] == pytest.approx(-0.1)
+    assert next(r for r in found["table"] if r["strategy"] == "magnitude" and r["level"] == 0.5)["pruned"][
+        "mean"
+    ] == pytest.approx(4.05)
+    assert "No: it is the least harmful at 0 of 5 levels" in head_pruning.markdown(found, "x")
