@@ -114,25 +114,26 @@ class PruningExperiment:
         return result
 
     @staticmethod
-    def _check(config: PruningConfig) -> tuple[Any, data.Corpus, int]:
-        """(tokenizer, corpus, window), read before any weights: all that can be wrong about them is said here."""
+    def _check(config: PruningConfig) -> tuple[Any, data.Corpus, int, dict[str, list[dict]]]:
+        """(tokenizer, corpus, window, rows by part), before any weights: what is wrong with them is said here."""
         runtime.check_supported()
         model_config = models.load_config(config.model)
         geo = geometry(model_config)
         architecture(_Shell(model_config))
         group = geo.group_size if config.kv_groups else 1
-        heads.check_budget(geo, heads.count(config.level, geo.total // group) * group, config.min_heads_per_layer)
+        number = heads.count(config.level, geo.total // group) * group
+        heads.check_budget(geo, number, config.min_heads_per_layer, group_size=group)
+        tokenizer, window = models.load_tokenizer(config.model), check_window(config.window, model_config)
         corpus = data.load_corpus(config.text)
-        return models.load_tokenizer(config.model), corpus, check_window(config.window, model_config)
+        rows = {part: data.rows(tokenizer, getattr(corpus, part), window) for part in ("train", "validation", "test")}
+        return tokenizer, corpus, window, rows
 
-    def _run(self, tokenizer, corpus: data.Corpus, window: int) -> dict:
+    def _run(self, tokenizer, corpus: data.Corpus, window: int, rows: dict[str, list[dict]]) -> dict:
         config = self.config
-        self._tell("reading text")
         (self.tracker.run_dir / "artefacts").mkdir(exist_ok=True)
         self.tokenizer = tokenizer
-        self.train = data.rows(tokenizer, corpus.train, window)
-        self.validation = data.rows(tokenizer, corpus.validation, window)[:VALIDATION_WINDOWS]
-        self.test = data.rows(tokenizer, corpus.test, window)[: config.evaluation_windows]
+        self.train, self.test = rows["train"], rows["test"][: config.evaluation_windows]
+        self.validation = rows["validation"][:VALIDATION_WINDOWS]
         self.prompt = config.sample_prompt or first_words(corpus.test[0])
         self.facts.append(facts.texts_are_disjoint(corpus))
 

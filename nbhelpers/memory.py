@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # What is there --------------------------------------------------------------------------------------------------------
@@ -104,13 +105,19 @@ def peak(interval_seconds: float = 0.005) -> Iterator[MemoryMark]:
 
 
 def _resident_high() -> int:
-    """The highest resident size this process ever had, bytes; 0 where the system does not tell."""
-    if sys.platform == "win32":
-        return 0
-    import resource
+    """The highest resident size this process ever had, bytes; 0 where the system does not tell.
 
-    high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return high if sys.platform == "darwin" else high * 1024
+    On Linux from VmHWM: the counter of getrusage would begin at the parent's size.
+    """
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _cuda(counter: str) -> int:

@@ -323,10 +323,14 @@ def test_nonsense_is_refused_before_anything_is_loaded(field, value, says):
         ({"model": "tiny-lama"}, "Did you mean 'tiny-llama'"),
         ({"text": "no/such/file.txt"}, "does not exist"),
         ({"window": 4096}, "smaller --window"),
+        ({"text": "SHORT"}, "less than one window"),
         ({"level": 1.0, "min_heads_per_layer": 1}, "lower level or min_heads_per_layer"),
     ],
 )
 def test_what_cannot_be_run_leaves_no_run_directory(changes, says, text, tmp_path):
+    if changes.get("text") == "SHORT":
+        (tmp_path / "short.txt").write_text("Too short.")
+        changes = {"text": str(tmp_path / "short.txt")}
     with pytest.raises((LookupError, ValueError), match=says):
         PruningExperiment.run(config(**{"text": text, **changes}), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
