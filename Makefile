@@ -57,13 +57,13 @@ install: .venv/.installed  ## only create .venv
 	  { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	$(BIN)/pip install -q -e '.[notebooks,quant,test,dev]' -c constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[notebooks,quant,test,dev]' -c constraints.txt
 	@touch $@
 
 $(COLAB)/.installed: pyproject.toml constraints-colab.txt requirements-colab.txt
 	$(PYTHON) -m venv $(COLAB)
 	$(COLAB)/bin/python -m pip install -q --upgrade "pip>=25.1"
-	$(COLAB)/bin/pip install -q -e '.[quant,test]' -r requirements-colab.txt ipykernel ipywidgets -c constraints-colab.txt
+	PYTHONWARNINGS=ignore $(COLAB)/bin/pip install -q -e '.[quant,test]' -r requirements-colab.txt ipykernel ipywidgets -c constraints-colab.txt
 	@touch $@
 
 clean:  ## remove both environments, caches and results

@@ -95,9 +95,9 @@ def _say(message: object) -> None:
 def _quiet() -> None:
     """Logs to stderr, and no progress bars of other libraries."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(
-        stream=sys.stderr, level=os.environ.get("NBHELPERS_LOG", "WARNING").upper(), format="%(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(os.environ.get("NBHELPERS_LOG", "WARNING").upper())  # a run lowers its logger for log.txt
+    logging.basicConfig(handlers=[handler], format="%(message)s")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

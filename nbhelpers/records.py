@@ -287,7 +287,7 @@ def check_output_folder(path: str | os.PathLike, resume: bool = False) -> Path:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output folder '{folder}' is a file: choose another folder")
         if not resume and folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"output folder '{folder}' is not empty: choose another folder or resume it (--resume)")
+            raise ValueError(f"output folder '{folder}' is not empty: choose another folder")
         standing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=standing) as probe:
             probe.write(b"\0")

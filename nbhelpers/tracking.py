@@ -286,9 +286,7 @@ class ExperimentTracker:
     def _earlier(self) -> dict[str, Any]:
         """The manifest of the run to go on with; its steps and clock become ours."""
         if not self._resume:  # another process finished here between our look and our lock
-            raise ValueError(
-                f"output folder '{self.run_dir}' is not empty: choose another folder or resume it (--resume)"
-            )
+            raise ValueError(f"output folder '{self.run_dir}' is not empty: choose another folder")
         run = read_run(self.run_dir)
         if run.result is not None:
             raise ValueError(f"run directory '{self.run_dir}' is finished, nothing to resume: choose another folder")
