@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,17 @@ class Perplexity:
     windows: int
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside: what is measured of a model that is being trained is that of its weights."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.inference_mode()
 def row_losses(
     model: nn.Module,
@@ -43,10 +55,9 @@ def row_losses(
     if not rows:
         raise ValueError("no rows to score; give more text or a smaller window")
     batch_size = batch_size or batch_rows(model, max(len(row["input_ids"]) for row in rows))
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+    device = next(model.parameters()).device
     sums, counts = [], []
-    try:
+    with evaluation_mode(model):
         for start in range(0, len(rows), batch_size):
             if should_stop is not None and should_stop():
                 raise Interrupted(f"stopped after {start} of {len(rows)} windows")
@@ -62,8 +73,6 @@ def row_losses(
             counts.append((labels != data.IGNORED).sum(1).cpu())
             if progress is not None:
                 progress({"done": min(start + batch_size, len(rows)), "total": len(rows)})
-    finally:
-        model.train(was_training)
     nll = torch.cat(sums)
     if not nll.isfinite().all():
         row = int((~nll.isfinite()).nonzero()[0])
@@ -120,17 +129,12 @@ def generate(
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
-    was_training = model.training
-    model.eval()
-    try:
-        with runtime.seeded(seed):
-            output = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=min(max_new_tokens, limit - length),
-                pad_token_id=pad,
-                **sampling,
-            )
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), runtime.seeded(seed):
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=min(max_new_tokens, limit - length),
+            pad_token_id=pad,
+            **sampling,
+        )
     return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -41,7 +41,7 @@ class Fact:
 def logits(model: nn.Module, rows: Sequence[dict]) -> torch.Tensor:
     """(batch, length, vocabulary) float32 on the CPU."""
     batch = data.collate(rows, next(model.parameters()).device)
-    with heads.evaluation_mode(model):
+    with evaluate.evaluation_mode(model):
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return output.logits.float().cpu()
 

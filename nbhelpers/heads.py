@@ -62,7 +62,7 @@ def entropy_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Sco
     That low entropy means important is a convention, not a law. The first position (one visible key) and padding are
     left out; 0 = attends evenly to all it sees, 1 = always to a single token.
     """
-    with evaluation_mode(model), attention.entropy_meter(model) as meter, torch.inference_mode():
+    with evaluate.evaluation_mode(model), attention.entropy_meter(model) as meter, torch.inference_mode():
         for batch in batches(model, rows):
             meter.real_queries = batch["attention_mask"].bool()
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -79,7 +79,11 @@ def gradient_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Sc
     total = torch.zeros(geo.layers, geo.heads, dtype=torch.float64)
     for batch in batches(model, rows):
         rows_here = batch["input_ids"].shape[0]
-        with evaluation_mode(model), attention.differentiable_gates(model, rows_here) as gates, torch.enable_grad():
+        with (
+            evaluate.evaluation_mode(model),
+            attention.differentiable_gates(model, rows_here) as gates,
+            torch.enable_grad(),
+        ):
             mask = {} if batch["attention_mask"].all() else {"attention_mask": batch["attention_mask"]}
             logits = model(input_ids=batch["input_ids"], **mask, use_cache=False).logits[:, :-1].float()
             labels = batch["labels"][:, 1:]
@@ -113,17 +117,6 @@ def ablation_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Sc
                     scores[layer, head] += (evaluate.row_losses(model, batch, batch_size=size)[0] - before).sum()
         tokens += int(counts.sum())
     return scores / tokens
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside: scores of a model that is being trained are those of its weights."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def all_heads(layers: int, heads: int) -> list[Head]:
