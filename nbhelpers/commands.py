@@ -159,6 +159,8 @@ def prune_heads() -> Callable:
 
 def show_pruning(result: dict) -> str:
     """The run for people: a line a stage, the verdict, the facts, where it lies."""
+    from nbhelpers.facts import Fact
+
     lines = [f"{'stage':<12} {'perplexity':>10}"]
     for stage in ("baseline", "pruned", "fine_tuned", "control"):
         if result[stage]:
@@ -168,7 +170,7 @@ def show_pruning(result: dict) -> str:
         lines.append("All of this on text that this project generated itself.")
     lines += [
         "",
-        *(f"{'OK    ' if fact['ok'] else 'FAILED'} {fact['says']}: {fact['saw']}" for fact in result["facts"]),
+        *(Fact(**fact).line() for fact in result["facts"]),
     ]
     return "\n".join([*lines, "", f"run    {result['run_dir']}", f"model  {result['model_dir']}"])
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nbhelpers import data, runtime
+from nbhelpers import data, models, runtime
 from nbhelpers.tracking import Interrupted
 
 LOGIT_BYTES = 256 * 2**20  # most bytes of float32 logits held at a time; it sets the batch size
@@ -117,7 +117,7 @@ def generate(
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}; 0 takes the likeliest token")
     inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
-    length, limit = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None) or 10**9
+    length, limit = inputs["input_ids"].shape[1], models.max_positions(model) or 10**9
     if length == 0:
         raise ValueError(f"prompt {prompt!r} has no tokens; give at least one word")
     if length >= limit:

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from nbhelpers import generated, pretrain_measure, records, runtime
 from nbhelpers.architecture import attention_modules
+from nbhelpers.data import IGNORED
 from nbhelpers.registry import unknown
 
 ASSETS = Path(__file__).parent / "assets"
@@ -30,7 +31,6 @@ VOCABULARY = 1024
 TOKENIZER_DOCUMENTS = 10_000
 HELD_OUT_DOCUMENTS = 600
 PRUNING_WINDOWS = 16
-IGNORED = -100  # a label without loss
 log = logging.getLogger("nbhelpers.pretrain")
 
 
