@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def load(name: str):
@@ -78,3 +80,18 @@ def test_means_differences_and_counts_are_those_of_a_pencil(head_pruning):
         "mean"
     ] == pytest.approx(4.05)
     assert "No: it is the least harmful at 0 of 5 levels" in head_pruning.markdown(found, "x")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    return json.loads((RESULTS / "head_pruning.json").read_text(encoding="utf-8"))
+
+
+def test_the_readme_says_what_the_measured_results_say(head_pruning, found):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(head_pruning.MARK)[1]
+    assert section.strip() == head_pruning.markdown(found, head_pruning.COMMAND).strip()
+
+
+def test_every_cell_of_the_grid_was_measured_and_no_fact_failed(head_pruning, found):
+    assert found["runs"] == len(head_pruning.grid()) == 130
+    assert found["facts"] >= 9 * found["runs"] and found["facts_failed"] == 0
