@@ -308,10 +308,10 @@ def _answer_gradient(found: dict) -> str:
     )
 
 
-def put_into(path: Path, text: str) -> None:
+def put_into(path: Path, text: str, mark: str = MARK) -> None:
     """Replace what stands between the two marks."""
-    before, _, after = path.read_text().split(MARK)
-    path.write_text(f"{before}{MARK}\n{text}{MARK}{after}")
+    before, _, after = path.read_text().split(mark)
+    path.write_text(f"{before}{mark}\n{text}{mark}{after}")
 
 
 def main() -> None:

@@ -79,6 +79,24 @@ def geometry(config) -> Geometry:
     )
 
 
+def model_geometry(model: nn.Module) -> Geometry:
+    """The geometry of a model whose layers all have what its config says.
+
+    ValueError for one from which heads were removed so that its config cannot say it (nbhelpers.compact): such a model
+    predicts and writes, but no gates can be set on it.
+    """
+    geo = geometry(model.config)
+    for layer, module in enumerate(attention_modules(model)):
+        projection = base_layer(output_projection(model, module))
+        reads = projection.weight.shape[0] if is_transposed(projection) else getattr(projection, "in_features", 0)
+        if reads != geo.heads * geo.head_dim:
+            raise ValueError(
+                f"layer {layer} has {reads // geo.head_dim} heads and its config says {geo.heads}: heads were removed "
+                "from this model; prune the model it was made from to a higher level"
+            )
+    return geo
+
+
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The self-attention modules in layer order, also inside a PEFT wrapper. RuntimeError if one is not found."""
     arch = architecture(model)

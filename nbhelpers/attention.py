@@ -27,6 +27,7 @@ from nbhelpers.architecture import (
     head_columns,
     is_quantised,
     is_transposed,
+    model_geometry,
     output_projection,
 )
 
@@ -76,7 +77,7 @@ def _require_installed(model: nn.Module) -> None:
 
 def check_heads(model: nn.Module, heads: Iterable[Sequence[int]]) -> list[Head]:
     """Sorted unique (layer, head) pairs; ValueError names the first one that this model does not have."""
-    geo = geometry(model.config)
+    geo = model_geometry(model)
     result = sorted({(int(layer), int(head)) for layer, head in heads})
     for layer, head in result:
         if not (0 <= layer < geo.layers and 0 <= head < geo.heads):
@@ -87,7 +88,7 @@ def check_heads(model: nn.Module, heads: Iterable[Sequence[int]]) -> list[Head]:
 def close_heads(model: nn.Module, heads: Iterable[Sequence[int]]) -> None:
     """Close exactly these (layer, head) pairs and open all others."""
     _require_installed(model)
-    closed, geo = check_heads(model, heads), geometry(model.config)
+    closed, geo = check_heads(model, heads), model_geometry(model)
     with torch.inference_mode(False):  # a gate made in inference mode could not be trained through afterwards
         for layer, module in enumerate(attention_modules(model)):
             here = [head for other, head in closed if other == layer]
@@ -128,7 +129,7 @@ def differentiable_gates(model: nn.Module, batch: int) -> Iterator[list[torch.Te
     gates require gradients meanwhile; parameters take theirs back afterwards.
     """
     _require_installed(model)
-    modules, heads = attention_modules(model), geometry(model.config).heads
+    modules, heads = attention_modules(model), model_geometry(model).heads
     kept = [module.head_gate for module in modules]
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gates = []
@@ -196,7 +197,7 @@ def _visible_keys(mask: torch.Tensor | None, block: slice, queries: int, key: to
 def entropy_meter(model: nn.Module) -> Iterator[EntropyMeter]:
     """Measure attention entropy during the forward passes inside, in query blocks: no (batch, heads, T, T) is kept."""
     _require_installed(model)
-    modules, geo = attention_modules(model), geometry(model.config)
+    modules, geo = attention_modules(model), model_geometry(model)
     meter = EntropyMeter(geo.layers, geo.heads)
     try:
         for module in modules:
@@ -211,7 +212,7 @@ def entropy_meter(model: nn.Module) -> Iterator[EntropyMeter]:
 def head_outputs(model: nn.Module) -> Iterator[torch.Tensor]:
     """What reaches the output projection from each head: a (layers, heads) tensor, filled by the forward passes inside
     with the largest absolute value seen. Read by hooks on the projections, so it knows nothing of gates."""
-    geo = geometry(model.config)
+    geo = model_geometry(model)
     largest = torch.zeros(geo.layers, geo.heads)
 
     def hook(layer: int):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from nbhelpers import data, evaluate, facts, heads, memory, models, records, runtime, training
+from nbhelpers import compact, data, evaluate, facts, heads, memory, models, records, runtime, training
 from nbhelpers.architecture import Geometry, architecture, geometry
 from nbhelpers.heads import STRATEGIES
 from nbhelpers.registry import unknown
@@ -24,6 +24,7 @@ from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 WINDOW = 256  # tokens of a window where the config names none and the model's positions allow it
 VALIDATION_WINDOWS = 32  # windows that choose the best state while fine-tuning
 FACT_ROWS = 2  # windows on which facts about logits are checked
+SPEED_ROWS = 4  # windows in the batch on which speed is measured
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +44,7 @@ class PruningConfig(BaseModel):
     )
     kv_groups: bool = Field(False, description="close whole groups of heads that share keys and values")
     min_heads_per_layer: int = Field(0, ge=0, description="heads that every layer keeps at least")
+    remove: bool = Field(False, description="take the closed heads out of the saved model, so that it is smaller")
     scoring_windows: int = Field(16, ge=1, description="training windows, drawn by the seed, on which heads are scored")
     steps: int = Field(40, ge=0, description="fine-tuning steps; 0 = no fine-tuning")
     method: Literal["full", "lora"] = Field("full", description="train all weights, or low-rank adapters")
@@ -77,7 +79,33 @@ class PruningConfig(BaseModel):
         return value
 
 
+# Of a run with remove, None in others. Bytes: of the tensors in the weights file, without its header; before: of the
+# same model saved with gates. Speed: medians of forward passes over one batch, gated and compact model in turn.
+REMOVAL_KEYS = ("parameters_before", "parameters_after", "bytes_before", "bytes_after", "tokens_per_second_before")
+REMOVAL_KEYS += ("tokens_per_second_after", "loads_with")
 LEARNING_RATES = {"full": 5e-4, "lora": 1e-3}
+
+# What fits where: values for the fields that are left open. Every one of them fixes the amount of work.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"model": "tiny-llama", "text": "bundled", "steps": 40},
+    "gpu": {"model": "gpt2", "text": "wikitext-2", "steps": 200, "window": 512, "evaluation_windows": 200},
+    "full": {
+        "model": "gpt2-medium",
+        "text": "wikitext-2",
+        "steps": 1000,
+        "window": 1024,
+        "evaluation_windows": 250,
+        "iterative": True,
+        "scoring_windows": 64,
+    },
+}
+
+
+def from_preset(preset: str, **values: Any) -> PruningConfig:
+    """The config of a preset, with every value that is not None in its place. LookupError for an unknown preset."""
+    if preset not in PRESETS:
+        raise LookupError(unknown("preset", preset, PRESETS))
+    return PruningConfig(**PRESETS[preset] | {name: value for name, value in values.items() if value is not None})
 
 
 class PruningExperiment:
@@ -87,7 +115,9 @@ class PruningExperiment:
         self.config, self.tracker = config, tracker
         self.progress, self.should_stop = progress, should_stop
         self.facts: list[facts.Fact] = []
+        self.removal = dict.fromkeys(REMOVAL_KEYS)
         self.stages: list[dict] = []
+        self.doing, self.training = "starting", False
 
     @classmethod
     def run(
@@ -120,6 +150,9 @@ class PruningExperiment:
         model_config = models.load_config(config.model)
         geo = geometry(model_config)
         architecture(_Shell(model_config))
+        models.check_prunable(config.model)
+        if config.remove:
+            compact.check_whole_groups(geo, config.kv_groups)
         group = geo.group_size if config.kv_groups else 1
         number = heads.count(config.level, geo.total // group) * group
         heads.check_budget(geo, number, config.min_heads_per_layer, group_size=group)
@@ -157,7 +190,15 @@ class PruningExperiment:
         dtype = config.dtype
         if dtype == "auto" and config.method == "full" and config.steps:
             dtype = "float32"  # masters of the weights that are trained
-        return models.load_model(config.model, device=config.device, dtype=dtype)
+        loaded = models.load_model(config.model, device=config.device, dtype=dtype)
+        loaded.model.register_forward_pre_hook(lambda *_: self._stop_here())
+        return loaded
+
+    def _stop_here(self) -> None:
+        """Before every forward pass, whatever asks for it: so Stop is heard while heads are scored and text is written.
+        Training looks for itself, so that it can say in which step it stopped."""
+        if self.should_stop is not None and not self.training and self.should_stop():
+            raise Interrupted(f"stopped while {self.doing}")
 
     def _pruned_model(self, model):
         """baseline -> closed -> fine-tuned -> saved, on one copy of the model; its memory is given back."""
@@ -168,6 +209,7 @@ class PruningExperiment:
 
         scoring = sample_rows(self.train, config.scoring_windows, config.seed)
         self.facts.append(facts.strategy_sees_the_model(model, scoring[:FACT_ROWS], config.strategy, config.seed))
+        self._tell("scoring heads", done=0, total=heads.count(config.level, geometry(model.config).total))
         selection = heads.prune(
             model,
             scoring,
@@ -181,6 +223,8 @@ class PruningExperiment:
             progress=lambda now: self._tell("scoring heads", **now),
             should_stop=self.should_stop,
         )
+        closed = [list(head) for head in selection.closed]
+        self._tell("heads chosen", done=len(closed), total=len(closed), scores=selection.scores, closed=closed)
         self.facts += [
             facts.lowest_scores_were_closed(selection, config.kv_groups, config.min_heads_per_layer),
             facts.pruning_changed_the_logits(before, facts.logits(model, few), selection.newly_closed),
@@ -192,11 +236,33 @@ class PruningExperiment:
             tuned = self._fine_tune(model, "fine_tuned")
             last = self._stage("fine_tuned", model, baseline)
             self.facts.append(facts.closed_heads_add_nothing(model, few, selection.closed, "after_fine_tuning"))
-        self._tell("saving")
-        model_dir = models.save_model(model, self.tokenizer, self.tracker.run_dir / "model")
+        still_closed, removed, model_dir = selection.closed, None, self.tracker.run_dir / "model"
+        if config.remove:
+            still_closed, removed = [], self._save_without_heads(model, model_dir, few, len(selection.closed))
+        else:
+            self._tell("saving")
+            models.save_model(model, self.tokenizer, model_dir)
         memory.release(model)
-        self.facts += facts.saved_model_is_the_same(model_dir, self.test, last["nll"], selection.closed, self.device)
+        self.facts += facts.saved_model_is_the_same(
+            model_dir, self.test, last["nll"], still_closed, self.device, removal=removed, should_stop=self.should_stop
+        )
         return selection, tuned, model_dir
+
+    def _save_without_heads(self, model, model_dir: Path, few: list[dict], closed: int) -> compact.Removal:
+        """Save the model without its closed heads; measure what that gave, beside the model with gates."""
+        self._tell("removing heads")
+        narrow = compact.remove_heads(model)
+        found = compact.removal(narrow)
+        self.facts.append(facts.removal_changed_nothing(model, narrow, few))
+        speed = evaluate.tokens_per_second([model, narrow], self.test[:SPEED_ROWS], should_stop=self.should_stop)
+        self._tell("saving")
+        models.save_model(narrow, self.tokenizer, model_dir)
+        parameters = models.parameters(model), models.parameters(narrow)
+        size = models.weight_bytes(model), models.stored_bytes(model_dir)
+        self.facts.append(facts.removal_made_it_smaller(parameters, size, closed))
+        self.removal = dict(zip(REMOVAL_KEYS, (*parameters, *size, *speed, found.loads_with), strict=True))
+        self.tracker.event("stage", stage="removed", **self.removal)
+        return found
 
     def _control(self):
         """The unpruned model, loaded afresh and fine-tuned with the same budget."""
@@ -216,6 +282,7 @@ class PruningExperiment:
             eval_every=max(1, config.steps // 4),
             seed=config.seed,
         )
+        self.training = True
         result = training.fine_tune(
             model,
             self.train,
@@ -226,6 +293,7 @@ class PruningExperiment:
             progress=lambda now: self._tell(f"training {stage}", **now),
             should_stop=self.should_stop,
         )
+        self.training = False
         if result.status == "stopped":
             raise Interrupted(f"stopped in step {result.steps} of {config.steps} of training {stage}")
         records.write_json(self.tracker.run_dir / "artefacts" / f"training_{stage}.json", result.record())
@@ -270,6 +338,7 @@ class PruningExperiment:
             "heads_per_layer": geo.heads,
             "scores": selection.scores,
             "parameters": count,
+            **self.removal,
             "trainable_parameters": tuned.trainable_parameters if tuned else None,
             "text": {
                 "source": corpus.source,
@@ -294,6 +363,7 @@ class PruningExperiment:
         }
 
     def _tell(self, stage: str, **what) -> None:
+        self.doing = stage
         log.info("%s %s", stage, "" if "done" in what else what or "")
         if self.progress is not None:
             self.progress({"stage": stage, **what})

@@ -6,17 +6,18 @@ the code that it checks, and says OK or FAILED with the number it saw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from nbhelpers import attention, data, evaluate, heads, memory, models
+from nbhelpers import attention, compact, data, evaluate, heads, memory, models
 from nbhelpers.architecture import geometry
 from nbhelpers.attention import Head
 
+GREEDY_TOKENS = 16  # written by a compact model and by the gated one, to be the same
 RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -160,35 +161,104 @@ def closed_heads_add_nothing(model: nn.Module, rows: Sequence[dict], closed: Seq
     )
 
 
+def removal_changed_nothing(gated: nn.Module, narrow: nn.Module, rows: Sequence[dict]) -> Fact:
+    """The compact model gives the gated model's logits, and writes the same greedy tokens with a KV cache.
+
+    Tokens may part where the gated model itself holds them equal at its precision.
+    """
+    before, after = logits(gated, rows), logits(narrow, rows)
+    difference = (before - after).abs().max().item() / max(before.abs().max().item(), 1e-30)
+    ids = rows[0]["input_ids"]
+    start = max(1, len(ids) // 2)
+    count = max(1, min(GREEDY_TOKENS, len(ids) - start))
+    steps, others = (_greedy_steps(model, ids[:start], count) for model in (gated, narrow))
+    written, again = steps.argmax(-1), others.argmax(-1)
+    apart = (written != again).nonzero().flatten().tolist()
+    gap = 0.0
+    if apart:
+        step = steps[apart[0]]
+        gap = (step.max() - step[again[apart[0]]]).item() / max(step.abs().max().item(), 1e-30)
+    same_tokens = gap <= 2 * tolerance(gated)  # each of the two logits may be off by the tolerance
+    return Fact(
+        "removal_changed_nothing",
+        difference <= tolerance(gated) and same_tokens,
+        "the model without the heads computes what it computed with them closed",
+        f"largest relative difference of the logits {difference:.1e}, {count} greedy tokens with a KV cache "
+        + ("equal" if not apart else "equal but for a tie" if same_tokens else f"differ from token {apart[0]} on"),
+        {"relative_difference": difference, "tokens": count, "tokens_gap": gap},
+    )
+
+
+@torch.inference_mode()
+def _greedy_steps(model: nn.Module, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(tokens, vocabulary) logits of greedy writing with a KV cache, positions counted by the cache alone."""
+    ids, cache, steps = prompt[None].to(next(model.parameters()).device), None, []
+    with evaluate.evaluation_mode(model):
+        for _ in range(tokens):
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            steps.append(output.logits[0, -1].float().cpu())
+            ids, cache = steps[-1].argmax().view(1, 1).to(ids.device), output.past_key_values
+    return torch.stack(steps)
+
+
+def removal_made_it_smaller(parameters: tuple[int, int], size: tuple[int, int], removed: int) -> Fact:
+    """(before, after) of the parameters and of the bytes of weights on disk; equal where no head was removed."""
+    fell = [after < before if removed else after == before for before, after in (parameters, size)]
+    return Fact(
+        "removal_made_it_smaller",
+        all(fell),
+        f"{removed} removed heads took their parameters and bytes with them",
+        f"parameters {parameters[0]:,} -> {parameters[1]:,}, bytes of weights {size[0]:,} -> {size[1]:,}",
+        {"parameters": list(parameters), "bytes": list(size)},
+    )
+
+
 def saved_model_is_the_same(
-    folder: str | Path, rows: Sequence[dict], nll: float, closed: Sequence[Head], device: str
+    folder: str | Path,
+    rows: Sequence[dict],
+    nll: float,
+    closed: Sequence[Head],
+    device: str,
+    *,
+    removal: compact.Removal | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> list[Fact]:
-    """Loaded again through us: the same heads closed, the same loss; through plain transformers: the same loss."""
-    return [_reloaded(folder, rows, nll, closed, device), _plain(folder, rows, nll, device)]
+    """Loaded again through us: the same heads closed, the same loss; through plain transformers: the same loss.
+
+    `removal`: what was removed from the saved model, so what must be gone from the loaded one; where its config cannot
+    say it, plain transformers is not asked. Raises Interrupted after should_stop.
+    """
+    found = [_reloaded(folder, rows, nll, closed, device, removal, should_stop)]
+    if removal is None or removal.loads_with == compact.PLAIN:
+        found.append(_plain(folder, rows, nll, device, should_stop))
+    return found
 
 
-def _reloaded(folder: str | Path, rows: Sequence[dict], nll: float, closed: Sequence[Head], device: str) -> Fact:
+def _reloaded(
+    folder: str | Path, rows: Sequence[dict], nll: float, closed: Sequence[Head], device: str, removal, should_stop
+) -> Fact:
     with memory.loaded(lambda: models.load_model(str(folder), device=device, dtype="stored").model) as model:
-        same_heads = attention.closed_heads(model) == sorted(closed)
-        again = evaluate.perplexity(model, rows).nll
+        same_heads = attention.closed_heads(model) == sorted(closed) and compact.removal(model) == removal
+        again = evaluate.perplexity(model, rows, should_stop=should_stop).nll
         ok = same_heads and abs(again - nll) <= tolerance(model) * max(1.0, abs(nll))
+    what = "closed" if removal is None else "removed"
     return Fact(
         "reloaded_model_is_the_same",
         ok,
-        "the saved model, loaded again, has the same heads closed and the same loss",
-        f"closed heads {'equal' if same_heads else 'differ'}, nll {again:.6f} against {nll:.6f}",
+        f"the saved model, loaded again, has the same heads {what} and the same loss",
+        f"{what} heads {'equal' if same_heads else 'differ'}, nll {again:.6f} against {nll:.6f}",
         {"nll": again, "expected": nll, "same_heads": same_heads},
     )
 
 
-def _plain(folder: str | Path, rows: Sequence[dict], nll: float, device: str) -> Fact:
+def _plain(folder: str | Path, rows: Sequence[dict], nll: float, device: str, should_stop) -> Fact:
     from transformers import AutoModelForCausalLM
 
     def load() -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
 
     with memory.loaded(load) as model:
-        again = evaluate.perplexity(model, rows).nll
+        again = evaluate.perplexity(model, rows, should_stop=should_stop).nll
         ok = abs(again - nll) <= tolerance(model) * max(1.0, abs(nll))
     return Fact(
         "plain_transformers_computes_the_same",

@@ -22,8 +22,8 @@ from nbhelpers import attention, data, evaluate
 from nbhelpers.architecture import (
     Geometry,
     attention_modules,
-    geometry,
     head_columns,
+    model_geometry,
     output_weight,
     query_rows,
 )
@@ -43,14 +43,14 @@ Scores = torch.Tensor  # (layers, heads), float64, any scale, higher = keep
 @STRATEGIES.register("random")
 def random_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Scores:
     """Uniform numbers from a seeded generator: what any other strategy must beat."""
-    geo = geometry(model.config)
+    geo = model_geometry(model)
     return torch.rand(geo.layers, geo.heads, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @STRATEGIES.register("magnitude")
 def magnitude_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Scores:
     """||W_O[:, head]||_2: Frobenius norm of the head's columns of the output projection. Looks at no text."""
-    geo = geometry(model.config)
+    geo = model_geometry(model)
     weights = [output_weight(model, module).detach().double().cpu() for module in attention_modules(model)]
     return torch.stack([torch.stack([w[:, head_columns(geo, h)].norm() for h in range(geo.heads)]) for w in weights])
 
@@ -75,7 +75,7 @@ def gradient_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Sc
 
     The loss of a row is its mean token nll. Closed heads score 0 and are left out of the norm.
     """
-    geo = geometry(model.config)
+    geo = model_geometry(model)
     total = torch.zeros(geo.layers, geo.heads, dtype=torch.float64)
     for batch in batches(model, rows):
         rows_here = batch["input_ids"].shape[0]
@@ -104,7 +104,7 @@ def ablation_scores(model: nn.Module, rows: Sequence[dict], seed: int = 0) -> Sc
     One pass over the rows for every open head, from its own layer on: what the layers below give is computed once a
     batch. Negative: the model is better without it.
     """
-    geo, closed = geometry(model.config), set(attention.closed_heads(model))
+    geo, closed = model_geometry(model), set(attention.closed_heads(model))
     open_heads = [head for head in all_heads(geo.layers, geo.heads) if head not in closed]
     scores, tokens = torch.zeros(geo.layers, geo.heads, dtype=torch.float64), 0
     size = evaluate.batch_rows(model, max(len(row["input_ids"]) for row in rows))
@@ -225,7 +225,7 @@ def prune(
     `kv_groups`: whole groups of heads that share keys and values; the level is then rounded to groups.
     """
     score = STRATEGIES[strategy]
-    geo = geometry(model.config)
+    geo = model_geometry(model)
     group_size = geo.group_size if kv_groups else 1
     target = count(level, geo.total // group_size) * group_size
     closed = attention.closed_heads(model)
@@ -263,7 +263,7 @@ def prune(
 def planted_dead_head(model: nn.Module, head: Head) -> Iterator[None]:
     """Make one head do nothing: its query weights (so it attends evenly) and its output columns are zero inside."""
     layer, index = head
-    module, geo = attention_modules(model)[layer], geometry(model.config)
+    module, geo = attention_modules(model)[layer], model_geometry(model)
     weight, bias = query_rows(model, module, index)
     columns = output_weight(model, module)[:, head_columns(geo, index)]
     parts = [part for part in (weight, bias, columns) if part is not None]

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from nbhelpers import attention, catalogue, records, runtime
+from nbhelpers import attention, catalogue, compact, records, runtime
 from nbhelpers.architecture import geometry, is_supported
 from nbhelpers.registry import unknown
 
@@ -100,11 +100,9 @@ def load_model(
 
     `name`: bundled name, local folder (also a run directory) or hub id. `dtype`: auto (by device), stored (as in the
     file), float32, bfloat16 or float16. `quantization`: 8bit or 4bit (nf4, double quantisation) by bitsandbytes. Only
-    safetensors are read and no code from the model's folder is run. LookupError for an unknown name, ValueError for
-    files that are no model.
+    safetensors are read and no code from the model's folder is run. A compact model comes back as narrow as it was
+    saved. LookupError for an unknown name, ValueError for files that are no model.
     """
-    from transformers import AutoModelForCausalLM
-
     if dtype not in DTYPES:
         raise LookupError(unknown("dtype", dtype, DTYPES))
     if quantization is not None and quantization not in get_args(Quantization):
@@ -117,10 +115,11 @@ def load_model(
     options |= {"ignore_mismatched_sizes": True}  # they are listed and refused below
     if quantization:
         options |= {"quantization_config": _quantization(quantization, chosen), "device_map": {"": device}}
-    load_config(name)  # first, so that what is wrong with it is said of it
+    config = load_config(name)  # first, so that what is wrong with it is said of it
+    removal = compact.load_record(location, config)
     tokenizer = load_tokenizer(name)
     with _clear_errors(name, source, "weights"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = compact.loader(config, removal).from_pretrained(
             location, output_loading_info=True, trust_remote_code=False, **options
         )
     missing = sorted(
@@ -134,6 +133,8 @@ def load_model(
     if not quantization:
         model.to(device)
     model.eval()
+    if removal is not None:
+        model.nbhelpers_removal = removal
     if is_supported(model):
         attention.install(model)
         load_gates(model, location)
@@ -209,6 +210,10 @@ def _first_line(error: BaseException) -> str:
 def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     """Write a model that plain transformers loads and computes the same with; closed heads also lie in head_gates.json.
 
+    A compact model has a record beside, compact_heads.json, which says what loads it: plain transformers too, or
+    load_model alone (plain transformers then refuses the shapes of its weights).
+
+
     The files are written to a folder beside and renamed, so a folder under its final name is complete; after an error
     (OSError where the disk is full) nothing is left. FileExistsError for a folder that is not empty.
     """
@@ -227,6 +232,7 @@ def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
         tokenizer.save_pretrained(beside)
         if closed:
             save_gates(model, beside)
+        compact.save_record(model, beside)
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)
@@ -269,6 +275,19 @@ def load_gates(model: nn.Module, folder: str | Path) -> None:
     attention.close_heads(model, closed)
 
 
+def check_prunable(name: str) -> None:
+    """ValueError, before any weights are read, for a compact model whose config cannot say what is left of it.
+
+    It predicts and writes, but its layers differ from their config, so no further heads can be chosen in it.
+    """
+    removal = compact.load_record(locate(name)[1], load_config(name))
+    if removal is not None and removal.loads_with == compact.OURS:
+        raise ValueError(
+            f"{name!r} is a compact model with other heads than its config says, it cannot be pruned further; prune "
+            "the model it was made from to a higher level"
+        )
+
+
 def fingerprint(model: nn.Module) -> str:
     """sha256 over all weights (name, dtype, shape, bytes, sorted by name) and the closed heads: all that decides."""
     digest = hashlib.sha256()
@@ -293,6 +312,22 @@ def tokenizer_fingerprint(tokenizer) -> str:
 def parameters(model: nn.Module) -> int:
     """Parameters of the model, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that save_model writes, tied ones once: what stored_bytes reads of the files."""
+    stored = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+
+
+def stored_bytes(folder: str | Path) -> int:
+    """Bytes of the tensors in a folder's safetensors files, as they lie on disk, without the files' headers."""
+    total = 0
+    for path in Path(folder).glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        total += path.stat().st_size - 8 - header
+    return total
 
 
 def max_positions(model_or_config) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -69,6 +70,11 @@ def test_the_result_holds_all_stages_and_the_heads_that_were_closed(whole):
     assert whole["pruned_heads"] == sorted(whole["pruned_heads"])
     assert len(whole["pruned_heads"]) == heads.count(0.3, whole["total_heads"])
     assert ("recovery_percent" in whole) != ("improvement_percent" in whole)
+
+
+def test_a_run_without_remove_has_no_numbers_of_a_removal(whole):
+    assert {whole[key] for key in experiments.REMOVAL_KEYS} == {None}
+    assert not (Path(whole["model_dir"]) / "compact_heads.json").exists()
 
 
 def test_the_record_on_disk_is_the_result(whole):
@@ -276,6 +282,31 @@ def test_stop_leaves_a_run_recorded_as_interrupted(text, tmp_path):
         PruningExperiment.run(config(text), run_dir=tmp_path / "run", should_stop=lambda: True)
     assert read_run(tmp_path / "run").status == "interrupted"
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_stop_is_heard_also_while_the_saved_model_is_checked(text, tmp_path):
+    stages = []
+    with pytest.raises(Interrupted, match="stopped after 0 of 8 windows"):
+        PruningExperiment.run(
+            config(text, steps=0, strategy="random"),
+            run_dir=tmp_path / "run",
+            progress=lambda now: stages.append(now["stage"]),
+            should_stop=lambda: "saving" in stages,
+        )
+    assert read_run(tmp_path / "run").status == "interrupted"
+
+
+@pytest.mark.parametrize("strategy", ["ablation", "gradient", "entropy"])
+def test_stop_is_heard_in_the_middle_of_scoring(strategy, text, tmp_path):
+    stages, asked = [], itertools.count()
+    with pytest.raises(Interrupted, match="stopped while scoring heads"):
+        PruningExperiment.run(
+            config(text, steps=0, strategy=strategy),
+            run_dir=tmp_path / "run",
+            progress=lambda now: stages.append(now["stage"]),
+            should_stop=lambda: "scoring heads" in stages and next(asked) > 0,  # not at once: before the first pass
+        )
+    assert stages[-1] == "scoring heads" and read_run(tmp_path / "run").status == "interrupted"
 
 
 def test_training_that_does_not_stay_finite_is_recorded_as_diverged(text, tmp_path, monkeypatch):

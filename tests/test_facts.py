@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from nbhelpers import attention, data, evaluate, facts, heads, models
+from nbhelpers.tracking import Interrupted
 
 CLOSED = [(0, 1), (1, 0), (1, 3)]
 ROWS = text_rows((16, 11))
@@ -264,6 +265,14 @@ def test_columns_that_are_not_zeroed_on_save_fail_plain_transformers_alone(token
     monkeypatch.setattr(attention, "state_dict_without_closed_heads", lambda model: model.state_dict())
     reloaded, plain = saved_facts(tmp_path / "model", tokenizer)
     assert reloaded.ok and not plain.ok
+
+
+def test_a_stop_is_heard_while_the_saved_model_is_scored_here_and_in_plain_transformers(tokenizer, tmp_path):
+    folder = models.save_model(gated("llama", CLOSED), tokenizer, tmp_path / "model")
+    with pytest.raises(Interrupted, match="stopped after 0 of 2 windows"):
+        facts._reloaded(folder, ROWS, 1.0, CLOSED, "cpu", None, lambda: True)
+    with pytest.raises(Interrupted, match="stopped after 0 of 2 windows"):
+        facts._plain(folder, ROWS, 1.0, "cpu", lambda: True)
 
 
 # ----------------------------------------------------------------------------------------- text, loss and budget
