@@ -13,11 +13,13 @@ from nbhelpers import runtime
 # name -> (one line of help, function in commands.py); a two-word name is a command of a group
 COMMANDS = {
     "env": ("what this machine has, and which models fit", "env"),
+    "self-check": ("does everything work here? checked in under half a minute", "self_check"),
     "perplexity": ("perplexity of a model on a text file", "perplexity"),
     "prune-heads": ("close attention heads, fine-tune, and say what it cost", "prune_heads"),
     "generate": ("let a model continue a text", "generate"),
     "notebooks run": ("execute notebooks headless and collect what they found", "notebooks_run"),
     "notebooks refresh": ("execute the committed notebooks and store them with their outputs", "notebooks_refresh"),
+    "notebooks colab": ("write each notebook as one file that carries the package and a tiny model", "notebooks_colab"),
 }
 GROUPS = {"notebooks": "the notebooks, headless"}
 NAME = "nbhelpers"

@@ -17,10 +17,11 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from typer.core import TyperCommand
 
-from nbhelpers import records
+from nbhelpers import records, runtime
+from nbhelpers.errors import is_bad_input, one_line
 from nbhelpers.tracking import Diverged, Interrupted
 
 PERPLEXITY_WINDOW = 512  # tokens per window of the perplexity command where the model has the positions
@@ -64,44 +65,16 @@ def carry_out(work: Callable[[], dict], show: Callable[[dict], str], as_json: bo
     raise typer.Exit(code)
 
 
-def is_bad_input(error: Exception) -> bool:
-    """What the user can put right: a wrong value, an unknown name, a file that cannot be read or written."""
-    if isinstance(error, KeyError | IndexError):
-        return False
-    return isinstance(error, ValueError | LookupError | OSError)
-
-
-def one_line(error: BaseException) -> str:
-    """The error as one line that names the value and the rule."""
-    if isinstance(error, ValidationError):
-        return "; ".join(_field_line(found) for found in error.errors())
-    if isinstance(error, OSError) and error.strerror:
-        place = f" {str(error.filename)!r}" if error.filename else ""
-        return f"cannot use{place}: {error.strerror.lower()}; check the path, its permissions and the free space"
-    return " ".join((str(error).strip() or type(error).__name__).split())
-
-
-def _field_line(found: dict) -> str:
-    message = found["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if not found["loc"] or found["type"] == "value_error":
-        return message
-    return f"{'.'.join(map(str, found['loc']))} {message}, got {found['input']!r}"
-
-
 def _say(message: object) -> None:
     typer.echo(f"error: {message}" if not isinstance(message, Exception) else f"error: {one_line(message)}", err=True)
 
 
 def _quiet() -> None:
     """Logs to stderr, and no progress bars of other libraries."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(os.environ.get("NBHELPERS_LOG", "WARNING").upper())  # a run lowers its logger for log.txt
     logging.basicConfig(handlers=[handler], format="%(message)s")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    runtime.quiet_libraries()
 
 
 def options_of(config: type[BaseModel], *, without: tuple[str, ...] = ()) -> list[inspect.Parameter]:
@@ -166,6 +139,8 @@ def show_pruning(result: dict) -> str:
         if result[stage]:
             lines.append(f"{stage:<12} {result[stage]['perplexity']:>10.4g}")
     lines += ["", result["verdict"]]
+    if result["loads_with"]:
+        lines += [_show_removal(result)]
     if result["text"]["generated"]:
         lines.append("All of this on text that this project generated itself.")
     lines += [
@@ -173,6 +148,19 @@ def show_pruning(result: dict) -> str:
         *(Fact(**fact).line() for fact in result["facts"]),
     ]
     return "\n".join([*lines, "", f"run    {result['run_dir']}", f"model  {result['model_dir']}"])
+
+
+def _show_removal(result: dict) -> str:
+    """Before -> after the closed heads were taken out, in two lines."""
+    rows = [f"{result[f'parameters_{at}']:,}" for at in ("before", "after")]
+    size = [f"{result[f'bytes_{at}'] / 1e6:.4g}" for at in ("before", "after")]
+    speed = [f"{result[f'tokens_per_second_{at}']:,.0f}" for at in ("before", "after")]
+    return (
+        f"Removed {len(result['pruned_heads'])} of {result['total_heads']} heads: {' -> '.join(rows)} parameters, "
+        f"{' -> '.join(size)} MB of weights, {' -> '.join(speed)} tokens/s.\n"
+        f"The saved model loads with {result['loads_with']}"
+        + ("." if result["loads_with"] != "nbhelpers" else " alone: its architecture's config cannot say what is left.")
+    )
 
 
 class Progress:
@@ -263,19 +251,9 @@ def env() -> Callable:
         json: Json = False,
     ) -> None:
         def work() -> dict:
-            from dataclasses import asdict
+            from nbhelpers import machine
 
-            from nbhelpers import catalogue, memory, runtime
-
-            runtime.prepare_cuda_allocator()
-            weight_bytes = runtime.dtype_for(runtime.device()).itemsize
-            suggestions = [asdict(found) for found in catalogue.suggest(job, weight_bytes=weight_bytes)]
-            return {
-                "environment": runtime.environment(probe=True),
-                "memory": memory.free(),
-                "job": job,
-                "models": suggestions,
-            }
+            return machine.describe(job)
 
         carry_out(work, show_environment, json)
 
@@ -283,17 +261,33 @@ def env() -> Callable:
 
 
 def show_environment(found: dict) -> str:
-    """What this machine has, and which models fit, with the sum behind each estimate."""
-    here, free = found["environment"], found["memory"]
-    lines = [f"{key:<10} {value}" for key, value in here.items() if isinstance(value, str)]
-    lines += [f"{key:<10} {value}" for key, value in here.items() if isinstance(value, dict)]
-    lines += [f"{'memory':<10} {free}", "", f"models for {found['job']} (estimates to start from, nothing is changed):"]
-    for model in found["models"]:
-        gate = {True: "gated on the hub", False: "", None: "gate unknown"}[model["gated"]]
-        size = f"{model['download_bytes'] / 1e9:.2f} GB"
-        lines.append(f"  {'fits' if model['fits'] else 'no  '} {model['name']:<14} {size:>9} {model['licence']} {gate}")
-        lines.append(f"       {model['sum']}")
-    return "\n".join(lines)
+    from nbhelpers import machine
+
+    return machine.environment_text(found, sums=True)
+
+
+def self_check() -> Callable:
+    from nbhelpers.selfcheck import SelfCheckConfig, run_selfcheck
+
+    def command(out: Path | None, json: bool, **options) -> None:
+        def work() -> dict:
+            result = run_selfcheck(SelfCheckConfig(**options), run_dir=out, progress=Progress())
+            if not result["all_facts_hold"]:
+                raise Violation(result)
+            return result
+
+        carry_out(work, show_self_check, json)
+
+    out = keyword("out", Annotated[Path | None, typer.Option(help="run directory; None = a new one under runs/")], None)
+    return with_options(command, [*options_of(SelfCheckConfig), out, keyword("json", Json, False)])
+
+
+def show_self_check(result: dict) -> str:
+    """Every check on a line, the verdict, and where its record lies."""
+    from nbhelpers.facts import Fact
+
+    lines = [*(Fact(**fact).line() for fact in result["facts"]), "", result["verdict"]]
+    return "\n".join([*lines, f"in {result['seconds']:.1f} s, run {result['run_dir']}"])
 
 
 class PairedParameters(TyperCommand):
@@ -357,14 +351,35 @@ def notebooks_run() -> Callable:
 def notebooks_refresh() -> Callable:
     def command(
         names: Annotated[list[str] | None, typer.Argument(help="notebooks by name; none = all")] = None,
-        runs: Annotated[Path, typer.Option(help="folder for their runs")] = Path("results/runs"),
         json: Json = False,
     ) -> None:
         def work() -> dict:
             from nbhelpers import headless
 
-            return {"notebooks": [str(path) for path in headless.refresh(names or [], runs)]}
+            return {"notebooks": [str(path) for path in headless.refresh(names or [])]}
 
         carry_out(work, lambda found: "\n".join(found["notebooks"]), json)
 
     return command
+
+
+def notebooks_colab() -> Callable:
+    def command(
+        names: Annotated[list[str] | None, typer.Argument(help="notebooks by name; none = all")] = None,
+        out: Annotated[Path, typer.Option(help="folder for the self-contained notebooks")] = Path("dist/colab"),
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import selfcontained
+
+            return {"notebooks": selfcontained.write_all(out, names or [])}
+
+        carry_out(work, _show_self_contained, json)
+
+    return command
+
+
+def _show_self_contained(found: dict) -> str:
+    return "\n".join(
+        f"{row['path']}  {row['bytes'] / 1e6:.1f} MB, carries {', '.join(row['models'])}" for row in found["notebooks"]
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from nbhelpers.runs import Run, read_run
 CELL_SECONDS = 3600
 RUN_TAG = "run"  # a notebook with a cell tagged so must leave a finished run
 KERNEL = "python3"
+REFRESHED = Path("results/refresh")
 
 
 class NotebookFailed(RuntimeError):
@@ -207,16 +209,20 @@ def summary(entries: Sequence[dict], index: Path, archive: Path) -> str:
     return "\n".join([*lines, "", f"index    {index}", f"archive  {archive}"])
 
 
-def refresh(names: Sequence[str], runs: str | Path) -> list[Path]:
+def refresh(names: Sequence[str]) -> list[Path]:
     """Execute the committed notebooks from a fresh kernel with their default parameters and store them cleaned:
-    outputs and counts stay; widget state, timing and papermill's own metadata go."""
+    outputs and counts stay; widget state, timing and papermill's own metadata go.
+
+    Their runs go to results/refresh, emptied first: what is committed shows no earlier runs of this machine.
+    """
     import nbformat
 
-    chosen = choose(names)
+    chosen, runs = choose(names), REFRESHED.resolve()
+    shutil.rmtree(runs, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="nbhelpers-") as scratch:
         for path in chosen:
             done = Path(scratch) / path.name
-            execute(path, done, {}, Path(runs).resolve())
+            execute(path, done, {}, runs / path.stem)
             write_atomic(path, nbformat.writes(clean(nbformat.read(done, 4))) + "\n")
     return chosen
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from nbhelpers import attention, cli, commands, data, evaluate, experiments, headless, models
+from nbhelpers import attention, cli, commands, compact, data, evaluate, experiments, headless, models
 from nbhelpers.experiments import PruningConfig
 from nbhelpers.runs import read_run
 from nbhelpers.tracking import Diverged, Interrupted
@@ -162,8 +162,8 @@ def test_every_option_of_prune_heads_reaches_the_config(monkeypatch):
     monkeypatch.setattr(experiments.PruningExperiment, "run", run)
     values = {
         "name": "n", "model": "m", "text": "t", "strategy": "entropy", "level": 0.25, "iterative": True,
-        "heads_per_round": 3, "kv_groups": True, "min_heads_per_layer": 2, "scoring_windows": 5, "steps": 7,
-        "method": "lora", "learning_rate": 0.125, "batch_size": 3, "control": False, "window": 9,
+        "heads_per_round": 3, "kv_groups": True, "min_heads_per_layer": 2, "remove": True, "scoring_windows": 5,
+        "steps": 7, "method": "lora", "learning_rate": 0.125, "batch_size": 3, "control": False, "window": 9,
         "evaluation_windows": 4, "dtype": "bfloat16", "device": "cpu", "sample_prompt": "p", "sample_tokens": 2,
         "seed": 8,
     }  # fmt: skip
@@ -337,6 +337,35 @@ def test_without_fine_tuning_a_run_for_people_has_a_line_a_stage_and_the_verdict
     assert record["fine_tuned"] is None and record["control"] is None
     assert len(record["pruned_heads"]) == 2  # 0.3125 x 8 = 2.5, to the even 2
     assert "baseline" not in result.stderr.splitlines()[-1] and "measuring" in result.stderr
+
+
+def test_a_run_that_removes_heads_shows_before_and_after(model_folders, text_file, tmp_path):
+    arguments = ["--model", model_folders["gpt2"], "--text", text_file, "--strategy", "magnitude", "--steps", "0"]
+    result = call("prune-heads", *arguments, "--level", "0.25", "--remove", "--out", tmp_path / "run", *PRUNE)
+    assert result.exit_code == 0 and "FAILED" not in result.stdout, result.stderr
+    gone = 2 * (3 * 8 * 33 + 8 * 32)  # of each head: query, key and value rows with their biases, output columns
+    whole = read_run(tmp_path / "run").result["parameters"]
+    assert f"Removed 2 of 8 heads: {whole:,} -> {whole - gone:,} parameters, " in result.stdout
+    assert re.search(r"[\d.]+ -> [\d.]+ MB of weights, [\d,]+ -> [\d,]+ tokens/s\.\n", result.stdout)
+    assert "The saved model loads with nbhelpers alone: its architecture's config cannot say" in result.stdout
+    generated = answer("generate", "--model", tmp_path / "run", "--prompt", "Tom went")
+    assert generated["text"].startswith("Tom went") and generated["closed_heads"] == 0
+
+
+def test_removing_single_heads_that_share_keys_is_refused_with_the_way_out(model_folders, text_file, tmp_path):
+    words = ["--model", model_folders["llama"], "--text", text_file, *PRUNE, "--remove", "--out", tmp_path / "run"]
+    check_refused("prune-heads", words, r"remove needs whole KV groups, and here 2 heads share .*: add --kv-groups")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_compact_model_whose_config_cannot_say_it_is_not_pruned_further(model_folders, text_file, tmp_path):
+    model = models.load_model(str(model_folders["gpt2"]), device="cpu")
+    attention.close_heads(model.model, [(0, 1)])
+    models.save_model(compact.remove_heads(model.model), model.tokenizer, tmp_path / "compact")
+    words = ["--model", tmp_path / "compact", "--text", text_file, *PRUNE, "--out", tmp_path / "run"]
+    check_refused("prune-heads", words, r"compact' is a compact model .*cannot be pruned further; prune the model it")
+    assert not (tmp_path / "run").exists()
+    assert answer("perplexity", "--model", tmp_path / "compact", "--text", text_file, "--limit-tokens", "500")
 
 
 def test_a_violated_fact_fails_the_command(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -128,3 +129,15 @@ def test_text_that_was_printed_in_pieces_is_stored_as_one():
         new_output("stream", name=name, text=text) for name, text in [("stdout", "a"), ("stdout", "b"), ("stderr", "c")]
     ]
     assert [(o.name, o.text) for o in headless.join_streams(pieces)] == [("stdout", "ab"), ("stderr", "c")]
+
+
+def test_refresh_stores_the_outputs_of_a_fresh_run_and_shows_no_earlier_ones(notebooks, tmp_path):
+    from nbhelpers import notebook
+
+    path = write(notebooks, "01_good", RUN + "\nprint(tracker.run_dir.parent.name, level)")
+    (tmp_path / headless.REFRESHED / "old").mkdir(parents=True)
+    assert headless.refresh([]) == [path]
+    stored = nbformat.read(path, 4)
+    assert [cell.get("execution_count") for cell in stored.cells[1:]] == [1, 2]
+    assert stored.cells[-1].outputs[0].text == "01_good 0.3\n" and "papermill" not in stored.metadata
+    assert not (tmp_path / headless.REFRESHED / "old").exists() and notebook.RUNS_VARIABLE not in os.environ
