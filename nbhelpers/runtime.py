@@ -181,6 +181,15 @@ def let_threads_sleep() -> bool:
     return True
 
 
+def quiet_libraries() -> None:
+    """No progress bars and advice of other libraries between our own lines; what they warn of is in a run's log.txt."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 def set_seed(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators (every device). `seed`: integer in [0, 2**32)."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_closed_heads_are_listed_by_layer():
     assert notebook.closed_heads(RESULT | {"pruned_heads": []}) == "none"
 
 
+def test_a_removal_says_what_it_gave_and_a_run_without_one_says_nothing():
+    removed = {"parameters_before": 2000, "parameters_after": 1500, "bytes_before": 8000, "bytes_after": 6000}
+    removed |= {"tokens_per_second_before": 100.0, "tokens_per_second_after": 125.0, "loads_with": "nbhelpers"}
+    said = notebook.removal(RESULT | removed)
+    assert "1,500 parameters instead of 2,000 (25.0% fewer)" in said and "1.25 times as many tokens" in said
+    assert notebook.removal(RESULT | dict.fromkeys(removed)) == notebook.removal(RESULT) == ""
+
+
 def test_a_failed_fact_reads_failed():
     assert notebook.facts(RESULT).splitlines() == ["OK     a", "FAILED b"]
 
@@ -56,15 +65,24 @@ def test_runs_go_where_the_headless_runner_says(monkeypatch):
     assert notebook.runs_root() == Path("runs")
 
 
-def test_the_parameters_of_the_pruning_notebook_are_fields_of_its_config_with_its_defaults():
+def parameters_cell(path: Path) -> str:
+    return next(c.source for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", []))
+
+
+def test_the_parameters_of_the_pruning_notebook_are_fields_of_its_config_and_papermill_reads_every_one():
     from papermill import inspect_notebook
 
-    from nbhelpers.experiments import PruningConfig
+    from nbhelpers.experiments import PRESETS, PruningConfig
+    from nbhelpers.pruning_panel import PruningPanel
 
-    for name, found in inspect_notebook(str(PRUNING)).items():
-        assert name in PruningConfig.model_fields and found["help"] and found["inferred_type_name"] != "None"
-        if name != "model":
-            assert eval(found["default"], {}) == PruningConfig.model_fields[name].default
+    found = inspect_notebook(str(PRUNING))
+    names = [node.target.id for node in ast.parse(parameters_cell(PRUNING)).body]
+    assert list(found) == names  # papermill loses a parameter whose comment holds an equals sign
+    assert {*names} - {"preset", "more"} == {*PruningPanel.parameters} <= {*PruningConfig.model_fields}
+    for name in PruningPanel.parameters:
+        value = ast.literal_eval(found[name]["default"])
+        assert found[name]["help"] and value in (None, PruningConfig.model_fields[name].default)
+    assert {name for name in names if found[name]["default"] == "None"} <= {*PRESETS["tiny"], *PRESETS["full"]}
 
 
 def executed(changes: dict) -> str:

@@ -1,0 +1,178 @@
+"""How long will a run take? A sum of its parts to start from, corrected by what earlier runs here really took.
+
+Only for planning: no number from here stands in a result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nbhelpers import data, estimates, heads, models, runtime
+from nbhelpers.architecture import geometry
+from nbhelpers.experiments import VALIDATION_WINDOWS, PruningConfig, check_window
+from nbhelpers.runs import Run, read_run
+
+BACKWARD = 2  # a backward pass takes about as many operations as two forward passes
+OPERATIONS_A_LAYER = 30  # kernels that a decoder layer starts in a forward pass: what bounds a tiny model
+LOADING_BYTES_PER_SECOND = 5e8  # from a warm disk
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What this device does, measured: floating-point operations a second in matrix products; seconds a kernel."""
+
+    flops_per_second: float
+    kernel_seconds: float
+
+
+@lru_cache
+def measure_speed(device: str, dtype: torch.dtype) -> Speed:
+    """Matrix products of 512 x 512 and additions of 64 numbers on this device, best of a few: about 0.1 s."""
+    large, small = torch.ones(512, 512, device=device, dtype=dtype), torch.ones(64, device=device, dtype=dtype)
+    return Speed(2 * 512**3 / _seconds(lambda: large @ large, device), _seconds(lambda: small + small, device))
+
+
+def _seconds(call, device: str, repeats: int = 20, tries: int = 4) -> float:
+    best = float("inf")
+    for _ in range(tries):
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - started) / repeats)
+    return best
+
+
+def pruning_phases(config: PruningConfig) -> dict[str, float]:
+    """Seconds of each phase of a pruning run, in order: a start to plan from, at the speed measured on this device.
+
+    LookupError where the amount of work is not known yet: a text on the hub with evaluation_windows left open.
+    """
+    device = config.device or runtime.device()
+    dtype = models.DTYPES[config.dtype] or runtime.dtype_for(device)
+    speed = measure_speed(device, dtype)
+    model_config = models.load_config(config.model)
+    shape, geo = estimates.shape_of(model_config), geometry(model_config)
+    window = check_window(config.window, model_config)
+    test = _windows(config, window)
+
+    def passes(windows: float, backward: bool = False) -> float:
+        operations = 2 * shape.parameters * window * windows
+        started = OPERATIONS_A_LAYER * geo.layers * max(1.0, windows / 8) * speed.kernel_seconds
+        return (operations / speed.flops_per_second + started) * (1 + BACKWARD * backward)
+
+    measured = passes(test) + OPERATIONS_A_LAYER * geo.layers * config.sample_tokens * speed.kernel_seconds
+    scoring = _scoring(config, passes, geo.total)
+    steps = config.steps * passes(config.batch_size, backward=True)
+    training = steps + passes(5 * VALIDATION_WINDOWS) if config.steps else 0.0
+    loading = 0.3 + shape.parameters * dtype.itemsize / LOADING_BYTES_PER_SECOND
+    phases = {"loading": loading, "baseline": measured, "scoring heads": scoring, "pruned": measured}
+    if config.steps:
+        phases |= {"training fine_tuned": training, "fine_tuned": measured}
+    phases["saving"] = 2 * (loading + passes(test))
+    if config.steps and config.control:
+        phases |= {"training control": loading + training, "control": measured}
+    return phases
+
+
+def _scoring(config: PruningConfig, passes, total: int) -> float:
+    rounds = 1
+    if config.iterative:
+        rounds = -(-heads.count(config.level, total) // (config.heads_per_round or -(-total // heads.ROUNDS)))
+    windows = config.scoring_windows
+    once = {
+        "random": 0.0,
+        "magnitude": 0.0,
+        "entropy": 2 * passes(windows),
+        "ablation": total / 2 * passes(windows),
+    }.get(config.strategy, passes(windows, backward=True))
+    return rounds * once
+
+
+def _windows(config: PruningConfig, window: int) -> int:
+    hub = config.text != data.BUNDLED and not Path(config.text).expanduser().exists()
+    if hub and config.evaluation_windows is None:
+        raise LookupError("known once the text is here; set evaluation windows to know it before")
+    if hub:
+        return config.evaluation_windows
+    return min(_test_windows(config.model, config.text, window), config.evaluation_windows or 10**9)
+
+
+@lru_cache
+def _test_windows(model: str, text: str, window: int) -> int:
+    return len(data.rows(models.load_tokenizer(model), data.load_corpus(text).test, window))
+
+
+def correction(config: PruningConfig, root: str | Path, host: str) -> float | None:
+    """What the last finished run of this model on this host took / what was estimated for it; None without one."""
+    folders = sorted(Path(root).glob("*/result.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in folders[:20]:
+        try:
+            run = read_run(path.parent)
+        except (ValueError, OSError):
+            continue
+        known = run.manifest.get("environment", {}).get("host")
+        if run.kind == "pruning" and run.config.get("model") == config.model and known == host:
+            taken = taken_seconds(run)
+            return taken / sum(pruning_phases(PruningConfig(**_fields(run.config))).values()) if taken else None
+    return None
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name in PruningConfig.model_fields}
+
+
+def taken_seconds(run: Run) -> float | None:
+    """Seconds on the clock of a run when its last event was written."""
+    return max((event.get("wallclock_time") or 0.0 for event in run.events), default=0.0) or None
+
+
+def in_words(seconds: float) -> str:
+    """A duration as people say it.
+
+    >>> in_words(0.4), in_words(42), in_words(200), in_words(9000)
+    ('1 s', '40 s', '3 min', '2.5 h')
+    """
+    if seconds < 10:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 100:
+        return f"{round(seconds, -1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Timetable:
+    """Where a run stands in its phases: the share that is done and the seconds left, corrected by its own pace."""
+
+    def __init__(self, phases: Mapping[str, float]) -> None:
+        self.phases, self.started = dict(phases), time.monotonic()
+        self.done, self.current, self.share = 0.0, "", 0.0
+
+    def hear(self, phase: str, done: int | None = None, total: int | None = None) -> None:
+        """The run is in `phase`, `done` of `total` parts of it made."""
+        if phase not in self.phases:
+            return
+        if phase != self.current:
+            names = list(self.phases)
+            self.done = max(self.done, sum(self.phases[name] for name in names[: names.index(phase)]))
+            self.current = phase
+        self.share = min(1.0, done / total) if done is not None and total else 0.0
+
+    @property
+    def fraction(self) -> float:
+        total = sum(self.phases.values())
+        here = self.phases.get(self.current, 0.0) * self.share
+        return min(0.99, (self.done + here) / total) if total else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None until a twentieth is done."""
+        taken, fraction = time.monotonic() - self.started, self.fraction
+        return taken / fraction - taken if fraction >= 0.05 else None
