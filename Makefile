@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow check unit nbval notebooks models bench soak install clean
+.PHONY: help run test test-slow check unit nbval notebooks colab screenshots models bench soak install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,10 +35,17 @@ nbval: .venv/.installed  ## compare the committed notebooks with a fresh executi
 
 test-slow: .venv/.installed $(COLAB)/.installed  ## the slow tier, then the unit tests under Colab's versions
 	$(BIN)/python -m pytest -q -m "slow and not soak"
-	$(COLAB)/bin/python -m pytest -q -m "not slow and not soak"
+	NBHELPERS_REQUIRE_BROWSER=0 $(COLAB)/bin/python -m pytest -q -m "not slow and not soak"
+	$(COLAB)/bin/python -m pytest -q -m "slow and not soak" tests/test_colab_stack.py
 
 notebooks: .venv/.installed  ## execute the notebooks again and store them with their outputs
 	$(BIN)/nbhelpers notebooks refresh
+
+colab: .venv/.installed  ## write the notebooks as self-contained files for Colab into dist/colab
+	$(BIN)/nbhelpers notebooks colab --out dist/colab
+
+screenshots: .venv/.installed  ## take the pictures of docs/images again (needs Debian's chromium)
+	$(BIN)/python -m tests.browser_lab docs/images
 
 models: .venv/.installed  ## train the bundled tiny models again
 	$(BIN)/python -m nbhelpers.pretrain
@@ -57,7 +64,7 @@ install: .venv/.installed  ## only create .venv
 	  { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[notebooks,quant,test,dev]' -c constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[notebooks,quant,test,browser,dev]' -c constraints.txt
 	@touch $@
 
 $(COLAB)/.installed: pyproject.toml constraints-colab.txt requirements-colab.txt

@@ -95,3 +95,43 @@ def test_the_readme_says_what_the_measured_results_say(head_pruning, found):
 def test_every_cell_of_the_grid_was_measured_and_no_fact_failed(head_pruning, found):
     assert found["runs"] == len(head_pruning.grid()) == 130
     assert found["facts"] >= 9 * found["runs"] and found["facts_failed"] == 0
+
+
+@pytest.fixture(scope="module")
+def removal():
+    return load("removal")
+
+
+def measured(weights: str, rounds: list[list[float]], ok: bool = True) -> dict:
+    return {
+        "model": f"model of {weights} weights",
+        "weights": weights,
+        "heads_removed": 20,
+        "heads": 40,
+        "parameters": [1000, 800],
+        "bytes": [4000, 3200],
+        "rounds": rounds,
+        "fact": {"ok": ok, "saw": "difference 0"},
+    }
+
+
+def test_speeds_are_medians_over_rounds_and_the_ratio_is_taken_in_each_round(removal):
+    found = removal.summarise(measured("random", [[100, 150], [200, 220], [50, 100]]))
+    assert found["tokens_per_second"] == [100, 150]
+    assert found["speed_ratio"] == {"median": 1.5, "low": pytest.approx(1.1), "high": 2.0}
+
+
+def test_the_table_of_a_removal_says_random_weights_and_a_failed_fact(removal):
+    rows = [removal.summarise(measured(kind, [[100, 125]], kind == "trained")) for kind in ("trained", "random")]
+    text = removal.markdown({"models": rows, "machine": {"processor": "x86", "threads": 1}})
+    assert "| model of random weights, random weights (20 of 40 heads) | parameters | 1,000 | 800 | 0.800 |" in text
+    assert text.count("| | tokens a second | 100 | 125 | 1.25 [1.25, 1.25] |") == 2
+    assert "model of trained weights: OK" in text and "model of random weights: FAILED" in text
+
+
+def test_a_section_goes_between_its_own_marks(head_pruning, removal, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"a\n{removal.MARK}\nold\n{removal.MARK}\n{head_pruning.MARK}kept{head_pruning.MARK}\n")
+    head_pruning.put_into(path, "new\n", removal.MARK)
+    expected = f"a\n{removal.MARK}\nnew\n{removal.MARK}\n{head_pruning.MARK}kept{head_pruning.MARK}\n"
+    assert path.read_text() == expected
