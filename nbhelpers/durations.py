@@ -21,22 +21,29 @@ from nbhelpers.runs import Run, read_run
 
 BACKWARD = 2  # a backward pass takes about as many operations as two forward passes
 OPERATIONS_A_LAYER = 30  # kernels that a decoder layer starts in a forward pass: what bounds a tiny model
+REACHED = 0.45  # share of a linear layer's speed that a whole model reaches; the bundled ones reach 0.4 to 0.5
 LOADING_BYTES_PER_SECOND = 5e8  # from a warm disk
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What this device does, measured: floating-point operations a second in matrix products; seconds a kernel."""
+    """What this device does at a model's width, measured: floating-point operations a second; seconds a module call."""
 
     flops_per_second: float
     kernel_seconds: float
 
 
 @lru_cache
-def measure_speed(device: str, dtype: torch.dtype) -> Speed:
-    """Matrix products of 512 x 512 and additions of 64 numbers on this device, best of a few: about 0.1 s."""
-    large, small = torch.ones(512, 512, device=device, dtype=dtype), torch.ones(64, device=device, dtype=dtype)
-    return Speed(2 * 512**3 / _seconds(lambda: large @ large, device), _seconds(lambda: small + small, device))
+def measure_speed(device: str, dtype: torch.dtype, width: int) -> Speed:
+    """A linear layer of the model's width over 1,024 positions, and a tiny one, on this device: about 0.2 s."""
+    large = torch.nn.Linear(width, 4 * width, device=device, dtype=dtype)
+    tiny = torch.nn.Linear(8, 8, device=device, dtype=dtype)
+    with torch.inference_mode():
+        row, rows = torch.ones(1, 8, device=device, dtype=dtype), torch.ones(1024, width, device=device, dtype=dtype)
+        return Speed(
+            2 * 1024 * width * 4 * width / _seconds(lambda: torch.nn.functional.gelu(large(rows)), device),
+            _seconds(lambda: tiny(row), device),
+        )
 
 
 def _seconds(call, device: str, repeats: int = 20, tries: int = 4) -> float:
@@ -58,8 +65,8 @@ def pruning_phases(config: PruningConfig) -> dict[str, float]:
     """
     device = config.device or runtime.device()
     dtype = models.DTYPES[config.dtype] or runtime.dtype_for(device)
-    speed = measure_speed(device, dtype)
     model_config = models.load_config(config.model)
+    speed = measure_speed(device, dtype, model_config.hidden_size)
     shape, geo = estimates.shape_of(model_config), geometry(model_config)
     window = check_window(config.window, model_config)
     test = _windows(config, window)
@@ -67,9 +74,10 @@ def pruning_phases(config: PruningConfig) -> dict[str, float]:
     def passes(windows: float, backward: bool = False) -> float:
         operations = 2 * shape.parameters * window * windows
         started = OPERATIONS_A_LAYER * geo.layers * max(1.0, windows / 8) * speed.kernel_seconds
-        return (operations / speed.flops_per_second + started) * (1 + BACKWARD * backward)
+        return (operations / speed.flops_per_second / REACHED + started) * (1 + BACKWARD * backward)
 
-    measured = passes(test) + OPERATIONS_A_LAYER * geo.layers * config.sample_tokens * speed.kernel_seconds
+    writing = OPERATIONS_A_LAYER * geo.layers * config.sample_tokens * speed.kernel_seconds
+    measured = passes(test) + writing
     scoring = _scoring(config, passes, geo.total)
     steps = config.steps * passes(config.batch_size, backward=True)
     training = steps + passes(5 * VALIDATION_WINDOWS) if config.steps else 0.0

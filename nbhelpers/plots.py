@@ -57,6 +57,7 @@ def stages(result: Mapping) -> Figure:
     axes.bar_label(bars, labels=[digits(value) for value in values], padding=2)
     axes.set_ylabel("test perplexity (lower is better)")
     axes.set_ylim(0, max(values) * 1.15)
+    axes.set_xlim(-0.6, max(len(names), 4) - 0.4)  # a bar keeps its place and width while others come
     axes.set_title(f"{_short(result['model'])}: {result['strategy']}, level {result['level']:g}", fontsize=11)
     _plain(axes)
     return figure

@@ -17,8 +17,9 @@ from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
 @pytest.fixture
 def one_flop(monkeypatch):
     """A device that makes one operation a second and starts kernels for nothing; a model of 10 parameters."""
-    monkeypatch.setattr(durations, "measure_speed", lambda device, dtype: Speed(1.0, 0.0))
+    monkeypatch.setattr(durations, "measure_speed", lambda device, dtype, width: Speed(1.0, 0.0))
     monkeypatch.setattr(durations.estimates, "shape_of", lambda config: type("Shape", (), {"parameters": 10})())
+    monkeypatch.setattr(durations, "REACHED", 1.0)
     monkeypatch.setattr(durations, "LOADING_BYTES_PER_SECOND", 40.0)
 
 
@@ -69,7 +70,7 @@ def test_an_open_amount_of_text_on_the_hub_has_no_estimate():
 
 
 def test_a_faster_device_is_measured_as_faster_than_none():
-    speed = durations.measure_speed("cpu", torch.float32)
+    speed = durations.measure_speed("cpu", torch.float32, 64)
     assert speed.flops_per_second > 1e6 and 0 < speed.kernel_seconds < 0.1
 
 
