@@ -394,9 +394,8 @@ class Panel:
                 self._show_progress()
                 if self._dirty and time.monotonic() - self._drawn > DRAW_SECONDS:
                     self._draw()
-            except Exception as error:  # noqa: BLE001 - a picture that fails does not end the run
+            except Exception as error:  # noqa: BLE001 - a picture that fails does not end the run, nor the next picture
                 self.show_error(error)
-                return
 
     def _show_progress(self) -> None:
         table = self._timetable

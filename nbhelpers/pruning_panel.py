@@ -146,7 +146,7 @@ class PruningPanel(Panel):
         if any(stage in self.seen for stage in STAGES):
             drawn["stages"] = plots.stages(self.seen)
         if self.seen["curves"]:
-            curves = {stage: dict(curve) for stage, curve in self.seen["curves"].items()}
+            curves = {stage: copy_of(curve) for stage, curve in list(self.seen["curves"].items())}
             drawn["curves"] = plots.learning_curves(curves, self.seen)
         return drawn
 
@@ -199,6 +199,11 @@ class PruningPanel(Panel):
         self.form.put({field: getattr(config, field) for field in PRESETS[name]})
         self.offer.children = []
         self.offer.remove_class("nbh-offer")
+
+
+def copy_of(curve: Mapping[str, Any]) -> dict[str, Any]:
+    """A curve as it is now: the run goes on adding to it while it is drawn."""
+    return {name: list(values) if isinstance(values, list) else values for name, values in list(curve.items())}
 
 
 def model_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -39,7 +40,10 @@ def nbval(path: Path) -> subprocess.CompletedProcess[str]:
         SANITIZE,
         path,
     ]
-    return subprocess.run(list(map(str, command)), cwd=path.parent, capture_output=True, text=True, check=False)
+    environ = {**os.environ, "NBHELPERS_HEADLESS": "1"}  # as the Makefile: nobody looks, so no panel is displayed
+    return subprocess.run(
+        list(map(str, command)), cwd=path.parent, capture_output=True, text=True, check=False, env=environ
+    )
 
 
 def compared_texts(notebook: nbformat.NotebookNode) -> list[tuple[nbformat.NotebookNode, str]]:
