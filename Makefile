@@ -64,7 +64,7 @@ install: .venv/.installed  ## only create .venv
 	  { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[notebooks,quant,test,browser,dev]' -c constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[notebooks,quant,tensorboard,wandb,test,browser,dev]' -c constraints.txt
 	@touch $@
 
 $(COLAB)/.installed: pyproject.toml constraints-colab.txt requirements-colab.txt

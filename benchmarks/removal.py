@@ -27,7 +27,7 @@ MARK = "<!-- removal: made by benchmarks/removal.py -->"
 def stories(model: str, text: str) -> dict:
     """The real model: half of its KV groups closed by gradient on its own text, then removed."""
     from nbhelpers import data, heads, models
-    from nbhelpers.experiments import sample_rows
+    from nbhelpers.stages import sample_rows
 
     loaded, corpus = models.load_model(model, device="cpu", dtype="float32"), data.load_corpus(text)
     train, test = (data.rows(loaded.tokenizer, getattr(corpus, part), WINDOW) for part in ("train", "test"))

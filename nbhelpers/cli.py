@@ -10,18 +10,39 @@ import typer
 
 from nbhelpers import runtime
 
-# name -> (one line of help, function in commands.py); a two-word name is a command of a group
+# name -> (one line of help, module.function that makes the command); a two-word name is a command of a group
 COMMANDS = {
-    "env": ("what this machine has, and which models fit", "env"),
-    "self-check": ("does everything work here? checked in under half a minute", "self_check"),
-    "perplexity": ("perplexity of a model on a text file", "perplexity"),
-    "prune-heads": ("close attention heads, fine-tune, and say what it cost", "prune_heads"),
-    "generate": ("let a model continue a text", "generate"),
-    "notebooks run": ("execute notebooks headless and collect what they found", "notebooks_run"),
-    "notebooks refresh": ("execute the committed notebooks and store them with their outputs", "notebooks_refresh"),
-    "notebooks colab": ("write each notebook as one file that carries the package and a tiny model", "notebooks_colab"),
+    "env": ("what this machine has, and which models fit", "commands.env"),
+    "self-check": ("does everything work here? checked in under half a minute", "commands.self_check"),
+    "perplexity": ("perplexity of a model on a text file", "commands.perplexity"),
+    "prune-heads": ("close attention heads, fine-tune, and say what it cost", "commands.prune_heads"),
+    "finetune": ("fine-tune a model, wholly or by LoRA; resumes after a kill", "commands_training.finetune"),
+    "generate": ("let a model continue a text", "commands.generate"),
+    "notebooks run": ("execute notebooks headless and collect what they found", "commands.notebooks_run"),
+    "notebooks refresh": (
+        "execute the committed notebooks and store them with their outputs",
+        "commands.notebooks_refresh",
+    ),
+    "notebooks colab": (
+        "write each notebook as one file that carries the package and a tiny model",
+        "commands.notebooks_colab",
+    ),
+    "sweep plan": ("what a plan would run: jobs, aliases, time", "commands_sweep.sweep_plan"),
+    "sweep run": ("do what is missing of a plan, in a folder that survives a kill", "commands_sweep.sweep_run"),
+    "sweep status": ("where each job of a sweep stands", "commands_sweep.sweep_status"),
+    "sweep retry": ("plan failed jobs again", "commands_sweep.sweep_retry"),
+    "runs list": ("which runs lie in these folders", "commands_runs.runs_list"),
+    "runs show": ("one run whole: its config and what it measured", "commands_runs.runs_show"),
+    "runs compare": ("runs beside each other, the best one, means over seeds", "commands_runs.runs_compare"),
+    "runs export": ("runs as csv or json, without texts of users", "commands_runs.runs_export"),
+    "runs watch": ("a table that follows running runs", "commands_runs.runs_watch"),
+    "runs log": ("write or refresh EXPERIMENT_LOG.md", "commands_runs.runs_log"),
 }
-GROUPS = {"notebooks": "the notebooks, headless"}
+GROUPS = {
+    "runs": "look at runs: list, compare, export, watch",
+    "notebooks": "the notebooks, headless",
+    "sweep": "a grid of jobs from one plan",
+}
 NAME = "nbhelpers"
 
 
@@ -36,11 +57,17 @@ def build(arguments: list[str]) -> typer.Typer:
     for name, (text, function) in COMMANDS.items():
         group, _, last = name.rpartition(" ")
         called = words[: name.count(" ") + 1] == name.split()
-        body = getattr(import_module("nbhelpers.commands"), function)() if called else _not_loaded
+        body = load(function) if called else _not_loaded
         (groups[group] if group else app).command(last, help=text, cls=getattr(body, "command_class", None))(body)
     for name, group in groups.items():
         app.add_typer(group, name=name)
     return app
+
+
+def load(function: str):
+    """The command that `module.function` of this package makes."""
+    module, _, name = function.partition(".")
+    return getattr(import_module(f"nbhelpers.{module}"), name)()
 
 
 def _not_loaded() -> None:
@@ -48,8 +75,8 @@ def _not_loaded() -> None:
 
 
 def main() -> None:
-    runtime.let_threads_sleep()
     """Run the command line. What it cannot read is said in one line (with --json as JSON too), exit code 2."""
+    runtime.let_threads_sleep()
     arguments = sys.argv[1:]
     try:
         code = build(arguments)(arguments, prog_name=NAME, standalone_mode=False)

@@ -199,7 +199,7 @@ def perplexity() -> Callable:
     ) -> None:
         def work() -> dict:
             from nbhelpers import data, evaluate, models
-            from nbhelpers.experiments import check_window
+            from nbhelpers.stages import check_window
 
             size = check_window(window, models.load_config(model), default=PERPLEXITY_WINDOW)
             documents = data.load_corpus(text).test if text == data.BUNDLED else data.read_documents(text)

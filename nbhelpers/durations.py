@@ -16,8 +16,9 @@ import torch
 
 from nbhelpers import data, estimates, heads, models, runtime
 from nbhelpers.architecture import geometry
-from nbhelpers.experiments import VALIDATION_WINDOWS, PruningConfig, check_window
+from nbhelpers.experiments import PruningConfig
 from nbhelpers.runs import Run, read_run
+from nbhelpers.stages import VALIDATION_WINDOWS, check_window
 
 BACKWARD = 2  # a backward pass takes about as many operations as two forward passes
 OPERATIONS_A_LAYER = 30  # kernels that a decoder layer starts in a forward pass: what bounds a tiny model

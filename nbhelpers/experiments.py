@@ -6,32 +6,26 @@ budget. Everything that is said afterwards is in the run directory.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from nbhelpers import compact, data, evaluate, facts, heads, memory, models, records, runtime, training
 from nbhelpers.architecture import Geometry, architecture, geometry
 from nbhelpers.heads import STRATEGIES
 from nbhelpers.registry import unknown
+from nbhelpers.stages import FACT_ROWS, StagedExperiment, check_window, sample_rows, shown
 from nbhelpers.stats import digits
-from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
+from nbhelpers.strict import StrictConfig
+from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
 
-WINDOW = 256  # tokens of a window where the config names none and the model's positions allow it
-VALIDATION_WINDOWS = 32  # windows that choose the best state while fine-tuning
-FACT_ROWS = 2  # windows on which facts about logits are checked
 SPEED_ROWS = 4  # windows in the batch on which speed is measured
-log = logging.getLogger(__name__)
 
 
-class PruningConfig(BaseModel):
+class PruningConfig(StrictConfig):
     """Everything that decides a pruning run. Refuses nonsense and unknown names before anything is loaded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: str = Field("pruning", min_length=1, description="what the run is called in its record")
     model: str = Field("tiny-gpt2", description="bundled name, local folder or hub id")
@@ -62,14 +56,6 @@ class PruningConfig(BaseModel):
     )
     sample_tokens: int = Field(60, ge=1, le=2048, description="tokens written per sample")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of random scores, data order and samples")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields_only(cls, values: Any) -> Any:
-        for name in values if isinstance(values, Mapping) else ():
-            if name not in cls.model_fields:
-                raise ValueError(unknown("field", name, cls.model_fields))
-        return values
 
     @field_validator("strategy")
     @classmethod
@@ -108,16 +94,12 @@ def from_preset(preset: str, **values: Any) -> PruningConfig:
     return PruningConfig(**PRESETS[preset] | {name: value for name, value in values.items() if value is not None})
 
 
-class PruningExperiment:
+class PruningExperiment(StagedExperiment):
     """`PruningExperiment.run(config)` does the whole job and returns what result.json holds."""
 
     def __init__(self, config: PruningConfig, tracker: ExperimentTracker, progress, should_stop) -> None:
-        self.config, self.tracker = config, tracker
-        self.progress, self.should_stop = progress, should_stop
-        self.facts: list[facts.Fact] = []
+        super().__init__(config, tracker, progress, should_stop)
         self.removal = dict.fromkeys(REMOVAL_KEYS)
-        self.stages: list[dict] = []
-        self.doing, self.training = "starting", False
 
     @classmethod
     def run(
@@ -163,47 +145,28 @@ class PruningExperiment:
 
     def _run(self, tokenizer, corpus: data.Corpus, window: int, rows: dict[str, list[dict]]) -> dict:
         config = self.config
-        (self.tracker.run_dir / "artefacts").mkdir(exist_ok=True)
-        self.tokenizer = tokenizer
-        self.train, self.test = rows["train"], rows["test"][: config.evaluation_windows]
-        self.validation = rows["validation"][:VALIDATION_WINDOWS]
-        self.prompt = config.sample_prompt or first_words(corpus.test[0])
-        self.facts.append(facts.texts_are_disjoint(corpus))
-
-        loaded = self._load()
-        self.device = str(next(loaded.model.parameters()).device)
+        self._prepare(tokenizer, corpus, rows)
+        model = self._fresh()
+        self.device = str(next(model.parameters()).device)
         self.tracker.set_fingerprints(
-            model=models.fingerprint(loaded.model),
+            model=models.fingerprint(model),
             tokenizer=models.tokenizer_fingerprint(tokenizer),
             text=corpus.sha256,
         )
-        count = models.parameters(loaded.model)
-        selection, tuned, model_dir = self._pruned_model(loaded.model)
+        count = models.parameters(model)
+        selection, tuned, model_dir = self._pruned_model(model)
         control = self._control() if config.control and config.steps else None
         if tuned and control:
             self.facts.append(facts.same_budget(tuned, control))
-        return self._result(corpus, window, count, geometry(loaded.model.config), selection, tuned, model_dir)
+        return self._result(corpus, window, count, geometry(model.config), selection, tuned, model_dir)
 
-    def _load(self) -> models.LoadedModel:
-        config = self.config
-        self._tell("loading", model=config.model)
-        dtype = config.dtype
-        if dtype == "auto" and config.method == "full" and config.steps:
-            dtype = "float32"  # masters of the weights that are trained
-        loaded = models.load_model(config.model, device=config.device, dtype=dtype)
-        loaded.model.register_forward_pre_hook(lambda *_: self._stop_here())
-        return loaded
-
-    def _stop_here(self) -> None:
-        """Before every forward pass, whatever asks for it: so Stop is heard while heads are scored and text is written.
-        Training looks for itself, so that it can say in which step it stopped."""
-        if self.should_stop is not None and not self.training and self.should_stop():
-            raise Interrupted(f"stopped while {self.doing}")
+    def _fresh(self):
+        return self._load(self.config.model, trained=self.config.method if self.config.steps else None).model
 
     def _pruned_model(self, model):
         """baseline -> closed -> fine-tuned -> saved, on one copy of the model; its memory is given back."""
         config, few = self.config, self.test[:FACT_ROWS]
-        baseline = self._stage("baseline", model)
+        self._stage("baseline", model)
         self.facts.append(facts.gates_change_nothing_while_open(model, few))
         before = facts.logits(model, few)
 
@@ -230,11 +193,11 @@ class PruningExperiment:
             facts.pruning_changed_the_logits(before, facts.logits(model, few), selection.newly_closed),
             facts.closed_heads_add_nothing(model, few, selection.closed, "after_pruning"),
         ]
-        last = self._stage("pruned", model, baseline)
+        last = self._stage("pruned", model)
         tuned = None
         if config.steps:
             tuned = self._fine_tune(model, "fine_tuned")
-            last = self._stage("fine_tuned", model, baseline)
+            last = self._stage("fine_tuned", model)
             self.facts.append(facts.closed_heads_add_nothing(model, few, selection.closed, "after_fine_tuning"))
         still_closed, removed, model_dir = selection.closed, None, self.tracker.run_dir / "model"
         if config.remove:
@@ -266,14 +229,13 @@ class PruningExperiment:
 
     def _control(self):
         """The unpruned model, loaded afresh and fine-tuned with the same budget."""
-        with memory.loaded(lambda: self._load().model) as model:
+        with memory.loaded(self._fresh) as model:
             control = self._fine_tune(model, "control")
             self._stage("control", model)
         return control
 
     def _fine_tune(self, model, stage: str) -> training.TrainingResult:
         config = self.config
-        self.tracker.event("stage", stage=f"training {stage}")
         settings = training.TrainingConfig(
             method=config.method,
             steps=config.steps,
@@ -282,37 +244,7 @@ class PruningExperiment:
             eval_every=max(1, config.steps // 4),
             seed=config.seed,
         )
-        self.training = True
-        result = training.fine_tune(
-            model,
-            self.train,
-            self.validation,
-            settings,
-            output_dir=self.tracker.run_dir / "artefacts" / stage,
-            tracker=_Prefixed(self.tracker, stage),
-            progress=lambda now: self._tell(f"training {stage}", **now),
-            should_stop=self.should_stop,
-        )
-        self.training = False
-        if result.status == "stopped":
-            raise Interrupted(f"stopped in step {result.steps} of {config.steps} of training {stage}")
-        records.write_json(self.tracker.run_dir / "artefacts" / f"training_{stage}.json", result.record())
-        if stage == "fine_tuned" and result.labels["prompt_label_tokens"] is not None:
-            self.facts.append(facts.loss_leaves_out_the_prompt(result.labels))
-        return result
-
-    def _stage(self, stage: str, model, baseline: dict | None = None) -> dict:
-        """Measure the model as it is now on the whole test text and let it write a sample."""
-        self._tell("measuring", at=stage)
-        measured = evaluate.perplexity(model, self.test, should_stop=self.should_stop)
-        sample = evaluate.generate(
-            model, self.tokenizer, self.prompt, max_new_tokens=self.config.sample_tokens, seed=self.config.seed
-        )
-        row = {"stage": stage, **vars(measured), "sample": sample}
-        self.stages.append(row)
-        self.tracker.event("stage", stage=stage, perplexity=measured.perplexity, nll=measured.nll)
-        self._tell("measured", at=stage, perplexity=measured.perplexity, sample=sample)
-        return row
+        return self._train(model, stage, settings)
 
     def _result(self, corpus, window, count, geo: Geometry, selection, tuned, model_dir) -> dict:
         config = self.config
@@ -326,10 +258,10 @@ class PruningExperiment:
             "strategy": config.strategy,
             "level": config.level,
             "iterative": config.iterative,
-            "baseline": _shown(by_stage["baseline"]),
-            "pruned": _shown(by_stage["pruned"]),
-            "fine_tuned": _shown(by_stage.get("fine_tuned")),
-            "control": _shown(by_stage.get("control")),
+            "baseline": shown(by_stage["baseline"]),
+            "pruned": shown(by_stage["pruned"]),
+            "fine_tuned": shown(by_stage.get("fine_tuned")),
+            "control": shown(by_stage.get("control")),
             **outcome(perplexities),
             "verdict": verdict(perplexities),
             "pruned_heads": [list(head) for head in selection.closed],
@@ -340,33 +272,9 @@ class PruningExperiment:
             "parameters": count,
             **self.removal,
             "trainable_parameters": tuned.trainable_parameters if tuned else None,
-            "text": {
-                "source": corpus.source,
-                "generated": corpus.generated,
-                "sha256": corpus.sha256,
-                "test_documents": len(corpus.test),
-            },
-            "protocol": {
-                "measure": "perplexity = exp(sum of token nll / scored tokens)",
-                "split": "test",
-                "window": window,
-                "windows": by_stage["baseline"]["windows"],
-                "tokens": by_stage["baseline"]["tokens"],
-                "dtype": config.dtype,
-                "came": "measured",
-            },
-            "samples": {row["stage"]: row["sample"] for row in self.stages},
-            "facts": [fact.as_dict() for fact in self.facts],
-            "all_facts_hold": all(fact.ok for fact in self.facts),
-            "run_dir": str(self.tracker.run_dir),
+            **self._told(corpus, window),
             "model_dir": str(model_dir),
         }
-
-    def _tell(self, stage: str, **what) -> None:
-        self.doing = stage
-        log.info("%s %s", stage, "" if "done" in what else what or "")
-        if self.progress is not None:
-            self.progress({"stage": stage, **what})
 
 
 class _Shell:
@@ -374,48 +282,6 @@ class _Shell:
 
     def __init__(self, config) -> None:
         self.config = config
-
-
-class _Prefixed:
-    """The tracker as one training sees it: every line says which training it belongs to."""
-
-    def __init__(self, tracker: ExperimentTracker, stage: str) -> None:
-        self.tracker, self.stage = tracker, stage
-
-    def log_metrics(self, iteration: int | None = None, **metrics) -> None:
-        self.tracker.log_metrics(iteration=iteration, stage=self.stage, **metrics)
-
-    def log_eval(self, **metrics) -> None:
-        self.tracker.log_eval(stage=self.stage, **metrics)
-
-    def increment_gradient_step(self, n: int = 1) -> None:
-        self.tracker.increment_gradient_step(n)
-
-    def event(self, kind: str, **data) -> None:
-        self.tracker.event(kind, stage=self.stage, **data)
-
-
-def check_window(window: int | None, model_config, default: int = WINDOW) -> int:
-    """Tokens per window: as asked (ValueError where the model has fewer positions), or what the positions allow."""
-    positions = models.max_positions(model_config)
-    if window is None:
-        return min(default, positions or default)
-    if positions is not None and window > positions:
-        raise ValueError(
-            f"window must be at most the model's {positions} positions, got {window}; use a smaller --window"
-        )
-    return window
-
-
-def sample_rows(rows: list[dict], number: int, seed: int) -> list[dict]:
-    """`number` rows drawn without replacement from a seeded generator (all of them where there are fewer)."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return [rows[at] for at in order[:number].tolist()]
-
-
-def first_words(document: data.Document, words: int = 5) -> str:
-    """What text samples begin with: the prompt, or the first words of a document."""
-    return document.prompt or " ".join(document.text.split()[:words])
 
 
 def outcome(perplexity: Mapping[str, float]) -> dict[str, float | None]:
@@ -440,7 +306,3 @@ def verdict(perplexity: Mapping[str, float]) -> str:
         return text + " No unpruned control was run, so this may be learning of the text rather than recovery."
     beats = "beats" if tuned < control else "does not beat"
     return text + f" That {beats} fine-tuning the whole model, which reaches {digits(control)} with the same budget."
-
-
-def _shown(row: dict | None) -> dict | None:
-    return None if row is None else {key: row[key] for key in ("perplexity", "nll", "tokens")}

@@ -9,15 +9,14 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from nbhelpers import attention, data, evaluate, facts, generated, memory, models, plots, records, runtime, training
 from nbhelpers.architecture import geometry
@@ -25,6 +24,7 @@ from nbhelpers.errors import one_line
 from nbhelpers.facts import Fact
 from nbhelpers.registry import unknown
 from nbhelpers.stats import digits
+from nbhelpers.strict import StrictConfig
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 
 ALL = "all"
@@ -37,22 +37,12 @@ QUANTIZED_LOSS = 0.2  # nats a token that 4 bits may cost a tiny model
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-class SelfCheckConfig(BaseModel):
+class SelfCheckConfig(StrictConfig):
     """What is checked. Refuses unknown names before anything is loaded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: str = Field("self-check", min_length=1, description="what the run is called in its record")
     models: str = Field(ALL, description="bundled models to check: names with commas between them, or all")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the training steps and of the numbers multiplied")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields_only(cls, values: Any) -> Any:
-        for name in values if isinstance(values, Mapping) else ():
-            if name not in cls.model_fields:
-                raise ValueError(unknown("field", name, cls.model_fields))
-        return values
 
     @field_validator("models")
     @classmethod

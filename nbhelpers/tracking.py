@@ -13,30 +13,25 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
-from nbhelpers.records import (
-    NOT_FINITE,
-    append_line,
-    check_output_folder,
-    plain,
-    read_lines,
-    restore,
-    sha256_json,
-    slug,
-    write_json,
-)
+from nbhelpers.experiment_log import ExperimentLog
+from nbhelpers.linefile import LineFile
+from nbhelpers.manifest import first_manifest, refuse_changes, refuse_strangers
+from nbhelpers.records import NOT_FINITE, append_line, check_output_folder, plain, read_lines, restore, slug, write_json
 from nbhelpers.redaction import Redactor
 from nbhelpers.registry import unknown
+from nbhelpers.run_config import ExperimentConfig, MetricsSnapshot, whole
 from nbhelpers.runlock import RunLock, read_owner, this_process, utc_now
 from nbhelpers.runlog import LogFile, close_log, open_log
 from nbhelpers.runs import FORMAT, read_run
+from nbhelpers.summaries import Summaries, summary_text
 
+__all__ = ["STATUSES", "Diverged", "ExperimentConfig", "ExperimentLog", "ExperimentTracker", "Interrupted"]
+__all__ += ["MetricsSnapshot"]
 HEARTBEAT_SECONDS = 10.0
 STATUSES = ("running", "finished", "failed", "diverged", "interrupted")
 _log = logging.getLogger(__name__)
@@ -48,109 +43,6 @@ class Diverged(RuntimeError):
 
 class Interrupted(RuntimeError):
     """Somebody pressed Stop: the run ends with status interrupted."""
-
-
-# --- what goes in ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, init=False, repr=False)
-class ExperimentConfig:
-    """Name, kind and any hyperparameters of a run, frozen all the way down; values must have a JSON form.
-
-    >>> config = ExperimentConfig(name="x", learning_rate=1e-3)
-    >>> config.learning_rate
-    0.001
-    """
-
-    name: str
-    kind: str
-    hyperparameters: Mapping[str, Any]
-
-    def __init__(self, name: str, kind: str = "experiment", **hyperparameters: Any) -> None:
-        for label, value in (("name", name), ("kind", kind)):
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"{label} must be a text that is not empty, got {value!r}")
-        for key in hyperparameters:
-            if key.startswith("_") or key == NOT_FINITE or hasattr(type(self), key) or key == "hyperparameters":
-                raise ValueError(f"hyperparameter {key!r} has a name that a config needs for itself: rename it")
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "kind", kind)
-        object.__setattr__(self, "hyperparameters", _freeze(restore(plain(hyperparameters))))
-
-    @classmethod
-    def from_dict(cls, values: Any) -> ExperimentConfig:
-        """The config of a mapping, a dataclass or a pydantic model with a `name`; the inverse of `to_dict`."""
-        values = restore(plain(values))
-        if not isinstance(values, dict) or "name" not in values:
-            raise ValueError(f"a config needs a name, got {values!r}: pass ExperimentConfig(name=...)")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Name, kind and hyperparameters side by side, in strict JSON values."""
-        return plain({"name": self.name, "kind": self.kind, **self.hyperparameters})
-
-    @property
-    def sha256(self) -> str:
-        return sha256_json(self.to_dict())
-
-    def __getattr__(self, key: str) -> Any:
-        values = self.__dict__.get("hyperparameters", {})
-        if key in values:
-            return values[key]
-        if key.startswith("__"):
-            raise AttributeError(key)
-        raise AttributeError(unknown("config field", key, ["name", "kind", *values]))
-
-    def __repr__(self) -> str:
-        inside = {"name": self.name, "kind": self.kind, **self.hyperparameters}
-        return f"ExperimentConfig({', '.join(f'{key}={value!r}' for key, value in inside.items())})"
-
-    def __hash__(self) -> int:
-        return hash(self.sha256)
-
-    def __reduce__(self) -> tuple:
-        return ExperimentConfig.from_dict, (self.to_dict(),)
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, dict):
-        return MappingProxyType({key: _freeze(inner) for key, inner in value.items()})
-    return tuple(_freeze(inner) for inner in value) if isinstance(value, list) else value
-
-
-@dataclass
-class MetricsSnapshot:
-    """One line of metrics.jsonl: the known measures, and anything else under its own name in `metrics`.
-
-    wallclock_time: seconds since the start of the first attempt, time between attempts left out. A measure that was
-    not taken is None and not written; 0.0 is a measure. `stage` keeps apart steps of several trainings in one run.
-    """
-
-    iteration: int
-    gradient_step: int
-    wallclock_time: float
-    train_loss: float | None = None
-    val_loss: float | None = None
-    learning_rate: float | None = None
-    tokens_per_sec: float | None = None
-    iter_time_ms: float | None = None
-    attempt: int = 1
-    stage: str | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        known = {key: value for key, value in vars(self).items() if key != "metrics" and value is not None}
-        return plain({**known, **self.metrics})
-
-    @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> MetricsSnapshot:
-        values = restore(dict(row))
-        known = {key: values.pop(key) for key in list(values) if key in _SNAPSHOT_FIELDS}
-        return cls(**known, metrics=values)
-
-
-_SNAPSHOT_FIELDS = tuple(key for key in MetricsSnapshot.__dataclass_fields__ if key != "metrics")
-_MEASURES = ("train_loss", "val_loss", "learning_rate", "tokens_per_sec", "iter_time_ms")
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -200,8 +92,8 @@ class ExperimentTracker:
         self._fingerprints = self.redactor.value(plain(dict(fingerprints or {})))
         self._manifest: dict[str, Any] = {}
         self._iterations: dict[str | None, int] = {}
-        self._last: dict[str, Any] = {}
-        self._best: dict[str, Any] = {}
+        self._summaries = Summaries()
+        self._metrics_file = LineFile(self.run_dir / "metrics.jsonl")
         self._clock_before = 0.0
         self._started = 0.0
         self._guard = threading.RLock()
@@ -256,32 +148,10 @@ class ExperimentTracker:
         return self.redactor.command(list(self._command))
 
     def _first_manifest(self) -> dict[str, Any]:
-        strange = {path.name for path in self.run_dir.iterdir()} - {"lock", "heartbeat.json", "log.txt"}
-        if strange:
-            raise ValueError(
-                f"'{self.run_dir}' holds {sorted(strange)[0]!r} but no manifest.json, so it is no run to resume: "
-                "choose another folder"
-            )
-        environment = self._environment
-        if environment is None:
-            from nbhelpers.runtime import environment as found
-
-            environment = found()
-        config = self.redactor.value(self.config.to_dict())
-        return {
-            "format": FORMAT,
-            "run_id": self.run_id,
-            "name": config["name"],
-            "kind": config["kind"],
-            "config": config,
-            "config_sha256": sha256_json(config),
-            "status": "running",
-            "attempts": [],
-            "environment": self.redactor.value(plain(environment)),
-            "fingerprints": self._fingerprints,
-            "command": self._masked_command(),
-            "created": utc_now(),
-        }
+        refuse_strangers(self.run_dir)
+        return first_manifest(
+            self.run_id, self.config, self._environment, self._fingerprints, self._masked_command(), self.redactor
+        )
 
     def _earlier(self) -> dict[str, Any]:
         """The manifest of the run to go on with; its steps and clock become ours."""
@@ -290,7 +160,7 @@ class ExperimentTracker:
         run = read_run(self.run_dir)
         if run.result is not None:
             raise ValueError(f"run directory '{self.run_dir}' is finished, nothing to resume: choose another folder")
-        _refuse_changes("config", run.config, self.redactor.value(self.config.to_dict()), self.run_dir)
+        refuse_changes("config", run.config, self.redactor.value(self.config.to_dict()), self.run_dir)
         self._check_fingerprints(run.manifest["fingerprints"])
         manifest = run.manifest
         for attempt in manifest["attempts"]:
@@ -303,12 +173,14 @@ class ExperimentTracker:
         self._clock_before = max((line.get("wallclock_time") or 0.0 for line in clocks), default=0.0)
         self.attempt = 1 + max((line.get("attempt", 0) for line in [*rows, *manifest["attempts"]]), default=0)
         for row in rows:
-            self._remember(MetricsSnapshot.from_dict(row))
+            self._stand_at(MetricsSnapshot.from_dict(row))
+        for row in run.metrics:
+            self._summaries.add_earlier(MetricsSnapshot.from_dict(row))
         return manifest
 
     def _check_fingerprints(self, recorded: dict[str, Any]) -> None:
         both = recorded.keys() & self._fingerprints.keys()
-        _refuse_changes(
+        refuse_changes(
             "fingerprints",
             {key: recorded[key] for key in both},
             {key: self._fingerprints[key] for key in both},
@@ -330,15 +202,13 @@ class ExperimentTracker:
         Other status words (failed, diverged, interrupted) leave no result.json.
         """
         if status not in STATUSES[1:]:
-            near = get_close_matches(status, STATUSES[1:], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise LookupError(f"unknown status {status!r}.{hint} Available: {', '.join(STATUSES[1:])}")
+            raise LookupError(unknown("status", status, STATUSES[1:]))
         self._check_active()
         if status != "finished" and result is not None:
             raise ValueError(
                 f"a {status} run has no result: record it with event(...) or finish with status 'finished'"
             )
-        content = plain(dict(result or {}))
+        content = self.redactor.value(plain(dict(result or {})))
         for key in _RESULT_KEYS:
             if key in content:
                 raise ValueError(f"result key {key!r} belongs to the tracker: rename it")
@@ -368,6 +238,7 @@ class ExperimentTracker:
         if self._log_file is not None:
             close_log(self._log_file)
             self._log_file = None
+        self._metrics_file.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -418,36 +289,32 @@ class ExperimentTracker:
             if iteration is None:
                 iteration = max(self._iterations.get(stage, -step_on) + step_on, 0)
             if "gradient_step" in metrics:
-                self.gradient_step = _whole("gradient_step", metrics.pop("gradient_step"))
+                self.gradient_step = whole("gradient_step", metrics.pop("gradient_step"))
             row = {
                 "attempt": self.attempt,
-                "iteration": _whole("iteration", iteration),
+                "iteration": whole("iteration", iteration),
                 "gradient_step": self.gradient_step,
                 "wallclock_time": self.seconds(),
-                **({} if stage is None else {"stage": stage}),
-                **plain({key: value for key, value in metrics.items() if value is not None}),
             }
-            append_line(self.run_dir / "metrics.jsonl", row)
-            snapshot = MetricsSnapshot.from_dict(row)
-            self._remember(snapshot)
+            if stage is not None:
+                row["stage"] = stage
+            row.update((key, self._safe(value)) for key, value in metrics.items() if value is not None)
+            snapshot = MetricsSnapshot.from_dict(self._metrics_file.append(row))
+            self._stand_at(snapshot)
+            self._summaries.add(snapshot)
         return snapshot
 
-    def _remember(self, snapshot: MetricsSnapshot) -> None:
+    def _safe(self, value: Any) -> Any:
+        return value if type(value) in (float, int) else restore(self.redactor.value(plain({"": value})))[""]
+
+    def _stand_at(self, snapshot: MetricsSnapshot) -> None:
         self.iteration = self._iterations[snapshot.stage] = snapshot.iteration
         self.gradient_step = snapshot.gradient_step
-        prefix = f"{snapshot.stage}/" if snapshot.stage else ""
-        known = {key: getattr(snapshot, key) for key in _MEASURES if getattr(snapshot, key) is not None}
-        for key, value in {**known, **snapshot.metrics}.items():
-            self._last[prefix + key] = value
-        if snapshot.val_loss is not None:
-            loss, best = float(snapshot.val_loss), self._best.get(f"{prefix}val_loss")
-            if loss == loss and (best is None or loss < best["value"]):
-                self._best[f"{prefix}val_loss"] = {"value": loss, "iteration": snapshot.iteration}
 
     def increment_gradient_step(self, n: int = 1) -> int:
         """Count `n` optimizer steps; returns the new count."""
         with self._guard:
-            self.gradient_step += _whole("n", n)
+            self.gradient_step += whole("n", n)
             return self.gradient_step
 
     def event(self, kind: str, **data: Any) -> None:
@@ -458,6 +325,16 @@ class ExperimentTracker:
         self._check_active()
         row = {"utc": utc_now(), "attempt": self.attempt, "wallclock_time": self.seconds(), "kind": kind}
         append_line(self.run_dir / "events.jsonl", {**row, **self.redactor.value(plain(data))})
+
+    def note(self, text: str) -> None:
+        """Keep a remark with the run: an event `note`, and a line of `notes` in its ExperimentLog."""
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"a note must be a text that is not empty, got {text!r}")
+        self.event("note", text=text)
+
+    def write_log(self, folder: str | os.PathLike | None = None) -> Path:
+        """The run so far as one JSON document, experiment_{name}_{timestamp}.json in `folder` or the run directory."""
+        return ExperimentLog.from_run(self.run_dir).write(self.run_dir if folder is None else folder)
 
     def seconds(self) -> float:
         """Seconds at work since the start of the first attempt."""
@@ -470,7 +347,8 @@ class ExperimentTracker:
             write_json(self.run_dir / "manifest.json", self._manifest)
 
     def summary(self) -> dict[str, Any]:
-        """Where the run stands: status, steps, seconds, the last value of each metric and the best val_loss."""
+        """Where the run stands: status, steps, seconds, and of every metric (`stage/name` where it has a stage):
+        `last` value, `best` val_loss, and in `metrics` count, min, max, mean, std and last; see summaries.py."""
         with self._guard:
             return plain(
                 {
@@ -482,20 +360,13 @@ class ExperimentTracker:
                     "iteration": self.iteration,
                     "gradient_step": self.gradient_step,
                     "wallclock_time": self.seconds() if self._started else 0.0,
-                    "last": dict(self._last),
-                    "best": dict(self._best),
+                    **self._summaries.to_dict(),
                 }
             )
 
     def print_summary(self) -> None:
         """The summary for people, one fact a line."""
-        facts = self.summary()
-        last, best = facts.pop("last"), facts.pop("best")
-        facts |= {f"last {key}": value for key, value in last.items()}
-        facts |= {f"best {key}": f"{found['value']} at iteration {found['iteration']}" for key, found in best.items()}
-        width = max(map(len, facts))
-        for key, value in facts.items():
-            print(f"{key:<{width}}  {value}")  # noqa: T201 - the one published name that prints
+        print(summary_text(self.summary()))  # noqa: T201 - the one published name that prints
 
     def _check_active(self) -> None:
         if self.status != "running":
@@ -523,26 +394,3 @@ class ExperimentTracker:
                 return
             except OSError as error:
                 _log.warning("no heartbeat could be written in '%s' (%s)", self.run_dir, error)
-
-
-def _whole(name: str, value: Any) -> int:
-    number = plain(value)
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
-    return number
-
-
-def _refuse_changes(what: str, old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> None:
-    if sha256_json(old) == sha256_json(new):
-        return
-    absent = "absent"
-    pairs = {key: (old.get(key, absent), new.get(key, absent)) for key in [*old, *(k for k in new if k not in old)]}
-    said = ", ".join(f"{key} was {a!r}, is {b!r}" for key, (a, b) in pairs.items() if _differ(a, b))
-    raise ValueError(
-        f"the {what} of run directory '{run_dir}' cannot change on resume ({said}): "
-        "resume with the same one or choose another folder"
-    )
-
-
-def _differ(a: Any, b: Any) -> bool:
-    return sha256_json(a) != sha256_json(b)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from nbhelpers import runtime
-from nbhelpers.registry import unknown
+from nbhelpers.strict import StrictConfig
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +29,8 @@ IGNORE = -100  # a label with this value has no loss
 Row = Mapping[str, Any]  # {"input_ids": (length,), "labels": (length,), optional "prompt_length": int}
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(StrictConfig):
     """Everything that decides a fine-tuning run. Refuses nonsense and unknown names at birth."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Literal["full", "lora"] = Field(
         "full", description="train all weights, or low-rank adapters merged at the end"
@@ -72,14 +70,6 @@ class TrainingConfig(BaseModel):
     gradient_checkpointing: bool = Field(False, description="compute activations twice to need less memory")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints to resume from; None = off")
     max_bad_steps: int = Field(3, ge=1, description="non-finite steps in a row before the last good state is restored")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields_only(cls, values: Any) -> Any:
-        for name in values if isinstance(values, Mapping) else ():
-            if name not in cls.model_fields:
-                raise ValueError(unknown("field", name, cls.model_fields))
-        return values
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> TrainingConfig:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from nbhelpers import attention, data, evaluate, memory, models
 from nbhelpers.architecture import Geometry, geometry
-from nbhelpers.experiments import PruningConfig, check_window, first_words
+from nbhelpers.experiments import PruningConfig
+from nbhelpers.stages import check_window, first_words
 
 TRYOUT_WINDOWS = 16  # test windows that are measured: seconds on a CPU, and said wherever the number is shown
 SAMPLE_TOKENS = 40

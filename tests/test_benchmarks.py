@@ -135,3 +135,8 @@ def test_a_section_goes_between_its_own_marks(head_pruning, removal, tmp_path):
     head_pruning.put_into(path, "new\n", removal.MARK)
     expected = f"a\n{removal.MARK}\nnew\n{removal.MARK}\n{head_pruning.MARK}kept{head_pruning.MARK}\n"
     assert path.read_text() == expected
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.md")), ids=lambda path: path.stem)
+def test_every_measured_table_stands_in_the_readme_as_it_was_measured(path):
+    assert path.read_text(encoding="utf-8").strip() in (ROOT / "README.md").read_text(encoding="utf-8")

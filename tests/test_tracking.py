@@ -15,7 +15,8 @@ import torch
 from run_folders import CONFIG, killed_run, script, tracker
 
 from nbhelpers import runlock, tracking
-from nbhelpers.records import read_json, sha256_json
+from nbhelpers.linefile import LineFile
+from nbhelpers.records import append_line, read_json, sha256_json
 from nbhelpers.runs import read_run
 from nbhelpers.tracking import Diverged, ExperimentConfig, ExperimentTracker, Interrupted, MetricsSnapshot
 
@@ -300,6 +301,7 @@ def test_a_full_disk_ends_the_run_with_the_first_error_and_nothing_looks_finishe
         with tracker(tmp_path) as run:
             monkeypatch.setattr(tracking, function, full)
             if function == "append_line":
+                monkeypatch.setattr(LineFile, "append", full)
                 run.log_metrics(train_loss=1.0)
             else:
                 run.finish({"a": 1})
@@ -456,3 +458,120 @@ def test_a_whole_run_works_with_nothing_but_the_standard_library(tmp_path):
     )
     output, errors = process.communicate()
     assert (process.returncode, output) == (0, "bare\n"), errors
+
+
+# summary and notes
+
+
+def test_the_summary_has_min_max_mean_std_and_last_of_every_metric_of_any_name(tmp_path):
+    with tracker(tmp_path) as run:
+        for value in (2.0, 4.0, 6.0):
+            run.log_metrics(train_loss=value, my_own=-value)
+        run.log_metrics(train_loss=float("nan"), stage="other", word="text")
+        found = run.summary()["metrics"]
+    expected = {"count": 3, "min": 2.0, "max": 6.0, "mean": 4.0, "std": 2.0, "last": 6.0}
+    assert found["train_loss"] == expected
+    assert found["my_own"] == {**expected, "min": -6.0, "max": -2.0, "mean": -4.0, "last": -6.0}
+    nothing = dict.fromkeys(["min", "max", "mean", "std", "last"])
+    flag = {"not_finite": {"last": "nan"}}
+    assert found["other/train_loss"] == {"count": 0, **nothing, "not_finite_count": 1, **flag}
+    assert "other/word" not in found and run.summary()["last"]["other/word"] == "text"
+    assert read_json(tmp_path / "result.json")["summary"]["metrics"] == found
+
+
+def test_the_summary_goes_on_after_a_kill_and_counts_a_step_that_was_redone_once(tmp_path):
+    killed_run(tmp_path)  # losses 3 and 2 at iterations 0 and 1
+    with tracker(tmp_path, resume=True) as run:
+        run.log_metrics(1, train_loss=7.0)
+        run.log_metrics(2, train_loss=5.0)
+        found = run.summary()["metrics"]["train_loss"]
+    assert found == {"count": 3, "min": 3.0, "max": 7.0, "mean": 5.0, "std": 2.0, "last": 5.0}
+
+
+def test_a_note_is_kept_with_the_run(tmp_path):
+    with tracker(tmp_path) as run:
+        run.note("warm restart 🚀")
+        with pytest.raises(ValueError, match="a note must be a text that is not empty, got ' '"):
+            run.note(" ")
+    assert [event["text"] for event in read_run(tmp_path).events if event["kind"] == "note"] == ["warm restart 🚀"]
+
+
+# a line of metrics
+
+
+@pytest.mark.parametrize("cut", [0, 10])
+def test_a_disk_that_fills_up_in_the_middle_of_a_log_call_costs_only_that_line(tmp_path, monkeypatch, cut):
+    write = os.write
+
+    def full(handle, content):
+        if cut:
+            write(handle, content[:cut])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with tracker(tmp_path) as run:
+        run.log_metrics(train_loss=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(OSError, match="No space left"):
+                run.log_metrics(train_loss=2.0)
+        assert run.summary()["metrics"]["train_loss"]["count"] == 1, "what is not on disk is not counted"
+        run.log_metrics(train_loss=3.0)
+    read = read_run(tmp_path)
+    assert read.curve("train_loss") == ([0, 1], [1.0, 3.0])
+    assert read.torn["metrics"] == (1 if cut else 0)
+
+
+def test_a_write_that_the_system_cut_short_is_an_error_and_counts_as_torn(tmp_path, monkeypatch):
+    write = os.write
+    with tracker(tmp_path) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda handle, content: write(handle, content[:7]))
+            with pytest.raises(OSError, match="only 7 of [0-9]+ bytes of a line were written"):
+                run.log_metrics(train_loss=2.0)
+        run.log_metrics(train_loss=3.0)
+    read = read_run(tmp_path)
+    assert (read.curve("train_loss"), read.torn["metrics"]) == (([0], [3.0]), 1)
+
+
+def test_a_real_device_without_space_stops_a_log_call(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    lines = LineFile(tmp_path / "metrics.jsonl")
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            lines.append({"train_loss": 1.0})
+
+
+ROWS = [{"a": 1.5, "b": -3, "c": 'é"\\\n🚀'}, {"a": True}, {"a": None}, {"a": float("inf")}, {"a": [1, {"b": 2.0}]}]
+ROWS += [{"a": 1e300, "b": 5e-324, "c": 0.1 + 0.2}, {}, {"é": np.float32(0.5), "b": torch.tensor(2)}]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
+def test_the_open_file_writes_the_same_bytes_as_append_line(tmp_path, row):
+    lines = LineFile(tmp_path / "open")
+    lines.append(row)
+    lines.append(row)
+    lines.close()
+    for _ in range(2):
+        append_line(tmp_path / "anew", row)
+    assert (tmp_path / "open").read_bytes() == (tmp_path / "anew").read_bytes()
+
+
+def test_each_log_call_is_one_write_of_one_whole_line(tmp_path, monkeypatch):
+    write, lines = os.write, []
+    with tracker(tmp_path) as run, monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda handle, content: (lines.append(content), write(handle, content))[1])
+        for step in range(3):
+            run.log_metrics(train_loss=1.0)
+            assert len(lines) == step + 1 and lines[-1].endswith(b"}\n") and lines[-1].count(b"\n") == 1
+
+
+def test_a_secret_in_a_metric_or_a_result_is_masked(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_HUB_TOKEN", "canary-one-1234")
+    with tracker(tmp_path) as run:
+        run.log_metrics(sample="see canary-one-1234", parts=["canary-one-1234", 1])
+        run.finish({"text": "canary-one-1234"})
+    (row,) = read_run(tmp_path).metrics
+    assert (row["sample"], row["parts"]) == ("see ***", ["***", 1])
+    assert [path.name for path in tmp_path.iterdir() if "canary" in path.read_text()] == []

@@ -1,0 +1,135 @@
+"""What do the commands of `nbhelpers sweep` do? Plan, run, status and retry of a grid; exit codes as in commands.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nbhelpers.commands import Json, Violation, carry_out
+from nbhelpers.tracking import Interrupted
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file, YAML or JSON")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="folder of the sweep")]
+
+
+class FailedJobs(Violation):
+    """The sweep was carried out, but jobs of it failed."""
+
+    def __init__(self, result: dict) -> None:
+        classes = ", ".join(f"{count} {name}" for name, count in result["failed_by_class"].items() if count)
+        RuntimeError.__init__(self, f"{result['failed']} of {result['planned']} jobs failed ({classes})")
+        self.result = result
+
+
+def sweep_plan() -> Callable:
+    def command(plan: PlanFile, json: Json = False) -> None:
+        def work() -> dict:
+            from nbhelpers import sweep
+
+            return sweep.preview(plan)
+
+        carry_out(work, show_plan, json)
+
+    return command
+
+
+def sweep_run() -> Callable:
+    def command(
+        plan: PlanFile,
+        out: Annotated[Path, typer.Option(help="folder of the sweep; one that holds it already is continued")],
+        budget: Annotated[str | None, typer.Option(help="time to use, such as 30m, 1h30m, 90s; None = all")] = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import sweep
+
+            result = sweep.run(plan, out, budget, progress=say_progress)
+            if result["ended"] == "stopped":
+                raise Interrupted(f"interrupted: {show_coverage(result)}; run the same command again to go on")
+            if result["failed"]:
+                raise FailedJobs(result)
+            return result
+
+        carry_out(work, show_coverage, json)
+
+    return command
+
+
+def sweep_status() -> Callable:
+    def command(folder: Folder, json: Json = False) -> None:
+        def work() -> dict:
+            from nbhelpers import sweep
+
+            return sweep.status(folder)
+
+        carry_out(work, show_status, json)
+
+    return command
+
+
+def sweep_retry() -> Callable:
+    def command(
+        folder: Folder,
+        failure: Annotated[
+            list[str] | None,
+            typer.Option("--class", help="only these: out of memory, diverged, bad input, error; may be repeated"),
+        ] = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import sweep
+
+            return {"retried": sweep.retry(folder, failure or []), "folder": str(folder)}
+
+        carry_out(work, lambda found: f"{len(found['retried'])} jobs are planned again: sweep run does them", json)
+
+    return command
+
+
+def show_plan(found: dict[str, Any]) -> str:
+    """Counts, the size of each axis, time, and the first jobs."""
+    from nbhelpers.durations import in_words
+
+    axes = " x ".join(f"{count} {name}" for name, count in found["axes"].items())
+    lines = [f"{found['rows']} rows ({axes}) -> {found['jobs']} jobs, {found['aliases']} aliases"]
+    if found["estimated_hours"] is not None:
+        lines.append(f"about {in_words(3600 * found['estimated_hours'])} by an estimate at this machine's speed")
+    if found["not_estimated"]:
+        lines.append(f"{found['not_estimated']} jobs could not be estimated")
+    return "\n".join([*lines, "first:", *(f"  {job['job']}  {job['name']}" for job in found["order"][:5])])
+
+
+def show_coverage(found: dict[str, Any]) -> str:
+    """One line: planned, done, failed by class, running, missing, aliases."""
+    failed = ", ".join(f"{count} {name}" for name, count in found["failed_by_class"].items() if count)
+    parts = [f"{found['done']} of {found['planned']} jobs done", f"{found['failed']} failed"]
+    parts[1] += f" ({failed})" if failed else ""
+    parts += [f"{found['running']} running", f"{found['missing']} missing"]
+    parts += [f"{found[name]} {name.replace('_', ' ')}" for name in ("aliases", "no_longer_planned") if found[name]]
+    return ", ".join(parts) + ("; the budget is used up" if found.get("ended") == "budget" else "")
+
+
+def show_status(found: dict[str, Any]) -> str:
+    """The coverage, then a line a job that is not simply done or planned."""
+    rows = [job for job in found["jobs"] if job["status"] not in ("finished", "planned")]
+    said = [f"{row['job']}  {row['status']:<11}  {row['name']}" + _why(row) for row in rows]
+    return "\n".join([show_coverage(found), *said])
+
+
+def _why(row: dict[str, Any]) -> str:
+    return f"  {row['failure']}: {row['error']}" if row["failure"] else ""
+
+
+def say_progress(now: dict[str, Any]) -> None:
+    """A line on stderr when a job has ended."""
+    if now["stage"] != "job ended":
+        return
+    from nbhelpers.durations import in_words  # brings torch, which the other commands do without
+
+    left = "" if now["seconds_left"] is None else f", about {in_words(now['seconds_left'])} left"
+    what = f"{now['failure']}: {now['error']}" if now.get("failure") else now["status"]
+    sys.stderr.write(f"{now['done']}/{now['total']} {now['name']}: {what}{left}\n")

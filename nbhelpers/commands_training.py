@@ -1,0 +1,50 @@
+"""What do the commands around training do? `finetune`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbhelpers.commands import Json, Progress, Violation, carry_out, keyword, options_of, with_options
+
+
+def finetune() -> Callable:
+    from nbhelpers.fine_tuning import FineTuningConfig, FineTuningExperiment
+
+    def command(out: Path | None, resume: bool, json: bool, **options) -> None:
+        def work() -> dict:
+            config = FineTuningConfig(**options)
+            result = FineTuningExperiment.run(config, run_dir=out, resume=resume, progress=Progress())
+            if not result["all_facts_hold"]:
+                raise Violation(result)
+            return result
+
+        carry_out(work, show_fine_tuning, json)
+
+    out = Annotated[Path | None, typer.Option(help="run directory; None = a new one under runs/")]
+    resume = Annotated[bool, typer.Option("--resume", help="go on in --out from its newest complete checkpoint")]
+    own = [keyword("out", out, None), keyword("resume", resume, False), keyword("json", Json, False)]
+    return with_options(command, [*options_of(FineTuningConfig), *own])
+
+
+def show_fine_tuning(result: dict) -> str:
+    """The run for people: a line a stage, the verdict, what it took, the facts, where it lies."""
+    from nbhelpers.facts import Fact
+
+    lines = [f"{'stage':<12} {'perplexity':>10}"]
+    for stage in ("baseline", "fine_tuned", "control"):
+        if result[stage]:
+            lines.append(f"{stage:<12} {result[stage]['perplexity']:>10.4g}")
+    lines += ["", result["verdict"]]
+    if result["text"]["generated"]:
+        lines.append("All of this on text that this project generated itself.")
+    peak = result["memory"]["cuda_peak_bytes"] or result["memory"]["resident_peak_bytes"]
+    lines.append(
+        f"{result['steps']} steps, {result['trainable_parameters']:,} of {result['parameters']:,} parameters trained, "
+        f"{result['tokens_per_second']:,.0f} tokens a second, at most {peak / 1e9:.2f} GB"
+    )
+    lines += ["", *(Fact(**fact).line() for fact in result["facts"])]
+    return "\n".join([*lines, "", f"run    {result['run_dir']}", f"model  {result['model_dir']}"])

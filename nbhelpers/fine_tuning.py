@@ -1,0 +1,207 @@
+"""What does fine-tuning bring? One run: baseline -> fine-tuned -> saved and loaded again, resumed after a kill.
+
+Any model that loads here, pruned ones included: their closed heads stay closed. Beside it, if asked, another model (the
+unpruned one, say) with the same budget.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from nbhelpers import attention, compact, data, facts, memory, models, runtime, training
+from nbhelpers.architecture import is_supported
+from nbhelpers.stages import FACT_ROWS, StagedExperiment, check_window, shown
+from nbhelpers.stats import digits
+from nbhelpers.strict import StrictConfig
+from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
+
+
+class FineTuningConfig(StrictConfig):
+    """Everything that decides a fine-tuning run. Refuses nonsense and unknown names before anything is loaded."""
+
+    name: str = Field("fine-tuning", min_length=1, description="what the run is called in its record")
+    model: str = Field("tiny-gpt2", description="bundled name, local folder, run directory or hub id")
+    data: str = Field("bundled", description="bundled, a .txt or .jsonl file (text, or prompt and completion), or hub")
+    method: Literal["full", "lora"] = Field("full", description="train all weights, or low-rank adapters")
+    steps: int = Field(100, ge=1, le=10_000_000, description="optimizer steps")
+    learning_rate: float | None = Field(None, gt=0, le=1, description="peak learning rate; None = 5e-5 full, 2e-4 lora")
+    batch_size: int = Field(8, ge=1, le=65_536, description="windows per optimizer step (effective batch)")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="windows per pass; None = all; halved when memory ends"
+    )
+    lora_rank: int = Field(8, ge=1, le=1024, description="rank of the adapters (lora only)")
+    lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank (lora only)")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice to need less memory")
+    validations: int = Field(4, ge=1, description="how often the validation text is measured, spread over the steps")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="end after this many validations without a better one; None = off"
+    )
+    checkpoint_every: int | None = Field(100, ge=1, description="steps between checkpoints to resume from; None = off")
+    control: str | None = Field(None, description="another model to fine-tune with the same budget; None = no control")
+    window: int | None = Field(None, ge=2, description="tokens per window; None = 256, or the model's positions")
+    evaluation_windows: int | None = Field(
+        None, ge=1, description="most test windows scored; None = the whole test text"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
+    device: str | None = Field(None, description="cpu, cuda or mps; None = what is found")
+    sample_prompt: str | None = Field(
+        None, description="start of the text samples; None = first words of the test text"
+    )
+    sample_tokens: int = Field(60, ge=1, le=2048, description="tokens written per sample")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of data order, adapters and samples")
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> FineTuningConfig:
+        self.training()
+        return self
+
+    def training(self) -> training.TrainingConfig:
+        """The same as the trainer takes it."""
+        same = ("method", "steps", "learning_rate", "batch_size", "micro_batch_size", "lora_rank", "lora_alpha")
+        same += ("gradient_checkpointing", "early_stopping_patience", "checkpoint_every", "seed")
+        every = max(1, self.steps // self.validations)
+        return training.TrainingConfig(eval_every=every, **{name: getattr(self, name) for name in same})
+
+
+class FineTuningExperiment(StagedExperiment):
+    """`FineTuningExperiment.run(config)` does the whole job and returns what result.json holds."""
+
+    @classmethod
+    def run(
+        cls,
+        config: FineTuningConfig,
+        *,
+        root: str | Path = "runs",
+        run_dir: str | Path | None = None,
+        resume: bool = False,
+        command: list[str] | None = None,
+        progress: Callable[[dict], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> dict:
+        """Run `config` and leave a run directory; returns its result.
+
+        resume: go on in `run_dir` from its newest complete checkpoint (its config must be the same). Raises
+        LookupError or ValueError for what cannot be run, before a run directory exists; tracking.Interrupted after
+        should_stop, tracking.Diverged where training does not stay finite.
+        """
+        plan = cls._check(config)
+        record = ExperimentConfig(kind="fine_tuning", **config.model_dump())
+        with ExperimentTracker(record, root, run_dir=run_dir, resume=resume, command=command) as tracker:
+            result = cls(config, tracker, progress, should_stop)._run(*plan)
+            tracker.finish(result)
+        return result
+
+    @staticmethod
+    def _check(config: FineTuningConfig) -> tuple[Any, data.Corpus, int, dict[str, list[dict]]]:
+        """(tokenizer, corpus, window, rows by part), before any weights: what is wrong with them is said here."""
+        runtime.check_supported()
+        window = check_window(config.window, models.load_config(config.model))
+        tokenizer = models.load_tokenizer(config.model)
+        if config.control is not None:
+            check_window(window, models.load_config(config.control))
+            _same_tokens(tokenizer, models.load_tokenizer(config.control), config)
+        corpus = data.load_corpus(config.data)
+        rows = {part: data.rows(tokenizer, getattr(corpus, part), window) for part in ("train", "validation", "test")}
+        return tokenizer, corpus, window, rows
+
+    def _run(self, tokenizer, corpus: data.Corpus, window: int, rows: dict[str, list[dict]]) -> dict:
+        config = self.config
+        self._prepare(tokenizer, corpus, rows)
+        model = self._load(config.model, trained=config.method).model
+        self.tracker.set_fingerprints(
+            model=models.fingerprint(model),
+            tokenizer=models.tokenizer_fingerprint(tokenizer),
+            text=corpus.sha256,
+        )
+        closed = attention.closed_heads(model) if is_supported(model) else []
+        self._stage("baseline", model)
+        with memory.peak() as used:
+            tuned = self._train(model, "fine_tuned", config.training(), resume=True)
+        last = self._stage("fine_tuned", model)
+        if closed:
+            few = self.test[:FACT_ROWS]
+            self.facts.append(facts.closed_heads_add_nothing(model, few, closed, "after_fine_tuning"))
+        model_dir, parameters = self._save(model, last["nll"], closed), tuned.total_parameters
+        control = None
+        if config.control is not None:
+            with memory.loaded(lambda: self._load(config.control, trained=config.method).model) as other:
+                control = self._train(other, "control", config.training(), resume=True)
+                self._stage("control", other)
+            self.facts.append(facts.same_budget(tuned, control))
+        return self._result(corpus, window, tuned, used, parameters, model_dir)
+
+    def _save(self, model, nll: float, closed: list) -> Path:
+        """Write the model (an unfinished folder of an earlier attempt goes) and check what was written."""
+        self._tell("saving")
+        device = str(next(model.parameters()).device)
+        model_dir = self.tracker.run_dir / "model"
+        if model_dir.exists():  # of an attempt that was killed after saving
+            shutil.rmtree(model_dir)
+        removal = compact.removal(model)
+        models.save_model(model, self.tokenizer, model_dir)
+        memory.release(model)
+        self.facts += facts.saved_model_is_the_same(
+            model_dir, self.test, nll, closed, device, removal=removal, should_stop=self.should_stop
+        )
+        return model_dir
+
+    def _result(self, corpus, window, tuned, used: memory.MemoryMark, parameters: int, model_dir: Path) -> dict:
+        config = self.config
+        by_stage = {row["stage"]: row for row in self.stages}
+        perplexities = {stage: row["perplexity"] for stage, row in by_stage.items()}
+        return {
+            "kind": "fine_tuning",
+            "model": config.model,
+            "method": config.method,
+            "baseline": shown(by_stage["baseline"]),
+            "fine_tuned": shown(by_stage["fine_tuned"]),
+            "control": shown(by_stage.get("control")),
+            "improvement_percent": improvement(perplexities),
+            "verdict": verdict(perplexities, config.control, kept_start=tuned.weights_step == 0),
+            "parameters": parameters,
+            "trainable_parameters": tuned.trainable_parameters,
+            "tokens_per_second": tuned.tokens_per_second,
+            "micro_batch_size": tuned.micro_batch_size,
+            "skipped_steps": tuned.skipped_steps,
+            "steps": tuned.steps,
+            "best_step": tuned.best_step,
+            "memory": {"resident_peak_bytes": used.resident_peak, "cuda_peak_bytes": used.cuda_peak},
+            **self._told(corpus, window),
+            "model_dir": str(model_dir),
+        }
+
+
+def _same_tokens(tokenizer, other, config: FineTuningConfig) -> None:
+    """Perplexities of two models can be compared only where both count the same tokens."""
+    if models.tokenizer_fingerprint(tokenizer) != models.tokenizer_fingerprint(other):
+        raise ValueError(
+            f"control {config.control!r} has another tokenizer than {config.model!r}, so their perplexities cannot be "
+            "compared; name a model of the same family, or none"
+        )
+
+
+def improvement(perplexity: Mapping[str, float]) -> float:
+    """(baseline - fine-tuned) / baseline * 100: what fine-tuning took off the perplexity, in percent."""
+    return (perplexity["baseline"] - perplexity["fine_tuned"]) / perplexity["baseline"] * 100
+
+
+def verdict(perplexity: Mapping[str, float], control: str | None, *, kept_start: bool = False) -> str:
+    """One sentence with the perplexities, and how the control did.
+
+    kept_start: no validation was better than the one before the first step, so the model is the untrained one.
+    """
+    base, tuned = perplexity["baseline"], perplexity["fine_tuned"]
+    text = f"Fine-tuning did not get below the validation loss of the start, whose weights were kept ({digits(base)})."
+    if not kept_start:
+        text = (
+            f"Fine-tuning took perplexity from {digits(base)} to {digits(tuned)} ({-improvement(perplexity):+.1f} %)."
+        )
+    if "control" not in perplexity:
+        return text
+    beats = "better than" if tuned < perplexity["control"] else "not better than"
+    return text + f" That is {beats} {control}, which reaches {digits(perplexity['control'])} with the same budget."

@@ -1,0 +1,298 @@
+"""Which jobs does a plan hold? Axes and seeds -> rows -> unique jobs, and an order in which few already span the grid.
+
+A plan is a YAML or JSON file or a dict:
+
+    kind: pruning                              # what a job is: a name in KINDS
+    base: {text: bundled, steps: 20}           # fields that every job shares
+    axes: {model: [tiny-gpt2, tiny-llama], level: [0.1, 0.3]}
+    seeds: [0, 1]                              # the same as an axis `seed`
+    aliases: [{when: {level: 0}, ignore: [strategy]}]   # where these fields do not matter
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nbhelpers.errors import one_line, refusal
+from nbhelpers.records import canonical_json, plain, sha256_json
+from nbhelpers.registry import Registry, unknown
+
+MOST_ROWS = 100_000
+ID_LETTERS = 16  # of the sha256: what is shown and what run directories are called
+LOOK_AHEAD = 256  # jobs among which the next one is chosen, so that a large plan is ordered in seconds
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """What the sweep must know of a kind of job. `config` is a pydantic model; `run(config, run_dir=, progress=,
+    should_stop=)` leaves an ordinary run directory there and raises what went wrong."""
+
+    config: type[BaseModel]
+    run: Callable[..., Any]
+    format: int = 1  # counts up when the same config comes to mean another computation: old results stay apart
+    resolve: Callable[[BaseModel], dict[str, Any]] = lambda config: config.model_dump(exclude={"name"})
+    fingerprint: Callable[[BaseModel], dict[str, Any]] = lambda config: {}  # of data and models, where that is cheap
+    similar: Callable[[Mapping[str, Any]], Any] = lambda config: None  # jobs of equal key cost about the same
+    estimate: Callable[[BaseModel], float | None] = lambda config: None  # seconds, where nothing was measured yet
+    columns: Callable[[Mapping[str, Any]], dict[str, Any]] = dict  # a run's result -> columns of a results table
+
+
+KINDS = Registry("job kind")  # name -> function without arguments that makes the JobKind: heavy imports stay inside it
+
+
+class Alias(BaseModel):
+    """Rows where all of `when` holds do not depend on the fields in `ignore`: these take their axis's first value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    when: dict[str, Any] = Field(min_length=1)
+    ignore: list[str] = Field(min_length=1)
+
+
+class Plan(BaseModel):
+    """A grid of jobs as it was asked for; `expand` checks it against its kind."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = Field("sweep", min_length=1)
+    kind: str
+    base: dict[str, Any] = Field(default_factory=dict)
+    axes: dict[str, list[Any]] = Field(default_factory=dict)
+    seeds: list[int] | None = None
+    aliases: list[Alias] = Field(default_factory=list)
+    order_seed: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields_only(cls, values: Any) -> Any:
+        for name in values if isinstance(values, Mapping) else ():
+            if name not in cls.model_fields:
+                raise ValueError(unknown("plan field", name, cls.model_fields))
+        return values
+
+    def all_axes(self) -> dict[str, list[Any]]:
+        return self.axes | ({} if self.seeds is None else {"seed": self.seeds})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to do. config: whole, as its kind's config class writes it; values: its place on the axes."""
+
+    id: str
+    name: str
+    config: dict[str, Any]
+    values: dict[str, Any]
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of the grid; an alias is done by the job of an earlier row."""
+
+    values: dict[str, Any]
+    job: str
+    alias: bool
+
+
+@dataclass(frozen=True)
+class Expansion:
+    plan: Plan
+    kind: JobKind
+    rows: list[Row]
+    jobs: dict[str, Job] = field(default_factory=dict)
+
+    @property
+    def aliases(self) -> int:
+        return sum(row.alias for row in self.rows)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_plan(source: str | Path | Mapping[str, Any] | Plan) -> Plan:
+    """The plan of a YAML or JSON file, a dict, or a plan itself. ValueError in one line for anything else."""
+    if isinstance(source, Plan):
+        return source
+    values = source if isinstance(source, Mapping) else _read_file(Path(source))
+    where = "plan" if isinstance(source, Mapping) else f"plan '{source}'"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a mapping with kind, base and axes, got {type(values).__name__}")
+    try:
+        return Plan(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        raise ValueError(f"{where}: {one_line(error)}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what surprises: a key twice is refused instead of dropped, and so are references."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="references (*name) are not read", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a name must be a word", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return json.loads(text)
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"plan '{path}' is not valid YAML{at}: {' '.join(problem.split())}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"plan '{path}' cannot be read: {one_line(error)}") from error
+
+
+# --- rows and jobs --------------------------------------------------------------------------------------------------
+
+
+def expand(plan: Plan) -> Expansion:
+    """All rows and unique jobs of a plan, each config checked. ValueError or LookupError, one line, names the axis."""
+    if plan.kind not in KINDS:
+        raise LookupError(unknown("job kind", plan.kind, KINDS))
+    kind = KINDS[plan.kind]()
+    axes = plan.all_axes()
+    _check_names(plan, kind, axes)
+    _check_values(plan, kind, axes)
+    rows, jobs = [], {}
+    for values in itertools.product(*axes.values()):
+        place = dict(zip(axes, values, strict=True))
+        job = _job(plan, kind, axes, place)
+        rows.append(Row(plain(place), job.id, job.id in jobs))
+        jobs.setdefault(job.id, job)
+    return Expansion(plan, kind, rows, jobs)
+
+
+def _check_names(plan: Plan, kind: JobKind, axes: Mapping[str, list]) -> None:
+    fields = kind.config.model_fields
+    ignored = [name for alias in plan.aliases for name in (*alias.when, *alias.ignore)]
+    for where, names in (("base", plan.base), ("axes", axes), ("aliases", ignored)):
+        for name in names:
+            if name not in fields:
+                raise ValueError(f"{where}: {unknown('field', name, fields)}")
+    for name in axes:
+        if name in plan.base or (name == "seed" and plan.seeds is not None and "seed" in plan.axes):
+            other = "base" if name in plan.base else "seeds"
+            raise ValueError(f"field {name!r} stands in axes and in {other}: name it in one of them")
+        if not axes[name]:
+            raise ValueError(f"axis {name!r} has no values: give at least one, or leave it out")
+    for name in ignored:
+        if name not in axes:
+            raise ValueError(f"aliases: {unknown('axis', name, axes)}")
+    size = 1
+    for values in axes.values():
+        size *= len(values)
+    if size > MOST_ROWS:
+        raise ValueError(f"a plan holds at most {MOST_ROWS} rows, got {size}: shorten an axis")
+
+
+def _check_values(plan: Plan, kind: JobKind, axes: Mapping[str, list]) -> None:
+    """Each value of each axis by itself, so that an error names the axis and the value; then twice the same value."""
+    firsts = {name: values[0] for name, values in axes.items()}
+    faults = []
+    for name, values in axes.items():
+        seen: dict[str, Any] = {}
+        for value in values:
+            config, found = _try(kind, {**plan.base, **firsts, name: value})
+            faults += [f"axis {name!r}, value {value!r}: {fault}" for at, fault in found if at == name]
+            if config is None:
+                continue
+            text = canonical_json({"value": getattr(config, name)})
+            if text in seen:
+                raise ValueError(f"axis {name!r} has {value!r} twice: every value once")
+            seen[text] = value
+    if faults:
+        raise ValueError("; ".join(faults))
+    _, found = _try(kind, {**plan.base, **firsts})
+    if found:
+        raise ValueError("; ".join(f"base: {fault}" for _, fault in found))
+
+
+def _try(kind: JobKind, values: Mapping[str, Any]) -> tuple[BaseModel | None, list[tuple[Any, str]]]:
+    """The config, or [(field, what is wrong)]."""
+    try:
+        return kind.config(**values), []
+    except ValidationError as error:
+        return None, [(found["loc"][0] if found["loc"] else None, refusal(found)) for found in error.errors()]
+
+
+def _job(plan: Plan, kind: JobKind, axes: Mapping[str, list], place: Mapping[str, Any]) -> Job:
+    values = dict(place)
+    for alias in plan.aliases:
+        if all(
+            place[name] == v and isinstance(place[name], bool) == isinstance(v, bool) for name, v in alias.when.items()
+        ):
+            values |= {name: axes[name][0] for name in alias.ignore}
+    config, found = _try(kind, {**plan.base, **values})
+    if config is None:
+        said = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        raise ValueError(f"row {said}: {'; '.join(fault for _, fault in found)}")
+    content = {"kind": plan.kind, "format": kind.format, "config": plain(kind.resolve(config))}
+    digest = sha256_json(content | {"data": plain(kind.fingerprint(config))})
+    label = " ".join(f"{name} {value}" if not isinstance(value, str) else value for name, value in values.items())
+    written = plain(config.model_dump())
+    if "name" in kind.config.model_fields and not {"name"} & {*plan.base, *axes}:
+        written["name"] = label or plan.name
+    return Job(digest[:ID_LETTERS], label or plan.name, written, plain(values), digest)
+
+
+# --- order ----------------------------------------------------------------------------------------------------------
+
+
+def spread(jobs: Sequence[Job], seed: int = 0) -> list[Job]:
+    """The jobs in a seeded order in which every beginning covers the axes evenly.
+
+    Greedy: the next job is the one whose axis values were taken least often so far (the sum, over axes, of how far its
+    value is ahead of that axis's rarest one), then the one whose pairs of values were; ties go by a seeded shuffle.
+    """
+    waiting = sorted(jobs, key=lambda job: job.id)
+    random.Random(seed).shuffle(waiting)
+    places = {job.id: [(name, canonical_json({"v": value})) for name, value in job.values.items()] for job in waiting}
+    counts: Counter = Counter({part: 0 for place in places.values() for part in place})
+    pairs: Counter = Counter()
+    ordered = []
+    while waiting:
+        rarest = {}
+        for (name, _), count in counts.items():
+            rarest[name] = min(count, rarest.get(name, count))
+
+        def ahead(job: Job, rarest=rarest) -> tuple[int, int]:
+            place = places[job.id]
+            return (
+                sum((counts[part] - rarest[part[0]]) ** 2 for part in place),
+                sum(pairs[pair] for pair in itertools.combinations(place, 2)),
+            )
+
+        chosen = min(waiting[:LOOK_AHEAD], key=ahead)
+        waiting.remove(chosen)
+        counts.update(places[chosen.id])
+        pairs.update(itertools.combinations(places[chosen.id], 2))
+        ordered.append(chosen)
+    return ordered

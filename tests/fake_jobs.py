@@ -1,0 +1,106 @@
+"""A job kind that is done at once, for tests of plans, ledgers and sweeps: in this process and in ones of their own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nbhelpers.grid import KINDS, JobKind
+from nbhelpers.records import append_line, read_lines
+from nbhelpers.runs import read_run
+from nbhelpers.tracking import Diverged, ExperimentConfig, ExperimentTracker, Interrupted
+
+TESTS = Path(__file__).parent
+CLOCK = [0.0]  # the `cost` of every job done in this process
+
+
+class FakeConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = "fake"
+    a: int = Field(0, ge=0, le=100)
+    b: float = Field(0.0, ge=0, le=1)
+    what: str = "fine"
+    cost: float = 1.0
+    log: str | None = None
+    seed: int = 0
+
+
+def run_fake(config: FakeConfig, *, run_dir: Path, progress=None, should_stop=None) -> dict:
+    if config.what == "refused":
+        raise ValueError("a must be odd, got 2")
+    fate = os.environ.get("FAKE_FATE", "").partition(" ")  # "3 middle": what happens in the third job of a process
+    CLOCK.append(config.cost)
+    at = fate[2] if fate[0] == str(len(CLOCK) - 1) else ""
+    if at == "before":
+        run_dir.mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+    record = ExperimentConfig(kind="fake", **config.model_dump())
+    with ExperimentTracker(record, run_dir=run_dir, environment={}, command=["test"]) as tracker:
+        tracker.log_metrics(train_loss=1.0)
+        if at == "middle":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if config.log:
+            time.sleep(config.cost)
+        if progress is not None:
+            progress({"stage": "adding"})
+        if should_stop is not None and should_stop():
+            raise Interrupted("stopped while adding")
+        _raise(config.what)
+        total = float("nan") if config.what == "nan" else config.a + config.b
+        if config.log:
+            append_line(config.log, {"a": config.a, "b": config.b, "seed": config.seed, "pid": os.getpid()})
+        tracker.finish({"total": total})
+    if at == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"total": total}
+
+
+def _raise(what: str) -> None:
+    if what == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+    errors = {
+        "diverge": Diverged("the loss is not finite"),
+        "bad": LookupError("unknown text 'x'"),
+        "disk": OSError(errno.ENOSPC, "No space left on device"),
+        "bug": ZeroDivisionError("division by zero"),
+        "interrupt": KeyboardInterrupt(),
+    }
+    if what in errors:
+        raise errors[what]
+
+
+if "fake" not in KINDS:
+
+    @KINDS.register("fake")
+    def fake() -> JobKind:
+        return JobKind(config=FakeConfig, run=run_fake, similar=lambda config: config["cost"])
+
+
+def plan(**values) -> dict:
+    return {"kind": "fake", **values}
+
+
+def done(log: str | Path) -> list[tuple]:
+    """(a, b, seed) of every job that was carried to its end, in order."""
+    return [(row["a"], row["b"], row["seed"]) for row in read_lines(log)[0]]
+
+
+def process(folder: Path, values: dict, fate: str = "") -> subprocess.Popen:
+    """`sweep.run(values, folder)` in a process of its own."""
+    code = f"import fake_jobs\nfrom nbhelpers import sweep\nsweep.run({values!r}, {str(folder)!r})"
+    environment = {**os.environ, "FAKE_FATE": fate, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def statuses(folder: Path) -> list[str]:
+    """Of all run directories of a sweep."""
+    return sorted(read_run(path.parent).status for path in (folder / "runs").glob("*/manifest.json"))
