@@ -110,7 +110,7 @@ def test_every_package_that_is_imported_is_declared():
             optional = top in ("google", "IPython", "torch_xla", "kaggle_secrets")  # a host's own, behind detection
             if top in sys.stdlib_module_names or top == "nbhelpers" or optional:
                 continue
-            if not {canonicalize_name(dist) for dist in known.get(top, [])} & declared:
+            if not {canonicalize_name(dist) for dist in known.get(top, [top])} & declared:
                 faults.append(f"nbhelpers/{module}.py:{line}: {top} is in no dependency or extra")
     assert faults == []
 
