@@ -145,7 +145,7 @@ def test_another_config_cannot_go_on_in_a_run(text, tmp_path):
         FineTuningExperiment.run(config(text, seed=1), run_dir=tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("after", [3, 6])
+@pytest.mark.parametrize("after", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_run_killed_in_the_middle_ends_as_if_it_had_not_been_and_shows_each_step_once(after, text, tmp_path):
     steps, run = 8, tmp_path / "run"
     arguments = [sys.executable, "-m", "nbhelpers", "finetune", "--model", "tiny-gpt2", "--data", text]
