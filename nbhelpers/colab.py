@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nbhelpers import runtime
+from nbhelpers.errors import flat
 
 # What Colab's image lacks or may lack, and what each is for; a floor, never an exact version. `requirements-colab.txt`
 # holds the same lines for people who install by hand (a test compares them).
@@ -81,7 +82,7 @@ def mount_drive(tell: Callable[[str], object] = log.warning) -> Path | None:
         try:
             drive.mount(str(DRIVE))
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - Colab raises several kinds for a refusal
-            tell(f"Drive was not mounted ({_one_line(error)}): results stay on this machine and go with it")
+            tell(f"Drive was not mounted ({flat(error)}): results stay on this machine and go with it")
             return None
     folder = drive_folder()
     if folder is None:
@@ -90,7 +91,7 @@ def mount_drive(tell: Callable[[str], object] = log.warning) -> Path | None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        tell(f"cannot write to Drive ({_one_line(error)}): results stay on this machine and go with it")
+        tell(f"cannot write to Drive ({flat(error)}): results stay on this machine and go with it")
         return None
     return folder
 
@@ -162,7 +163,7 @@ def _install(lines: list[str], held: dict[str, str]) -> str | None:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            return _one_line(error)
+            return flat(error)
     if done.returncode == 0:
         return None
     said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
@@ -180,7 +181,3 @@ def _numbers(version: str) -> tuple[int, ...]:
     """The release part of a version, to compare with a floor: "2.11.0+cu128" is (2, 11, 0)."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(map(int, found[0].split("."))) if found else ()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

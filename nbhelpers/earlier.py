@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from nbhelpers import report
+from nbhelpers.errors import flat
 from nbhelpers.records import slug
 from nbhelpers.runs import Run, read_run
 
@@ -42,7 +43,7 @@ def find_runs(
             try:
                 unpack(archive, root)
             except (ValueError, OSError) as error:
-                tell(f"{archive.name}: {_one_line(error)}")
+                tell(f"{archive.name}: {flat(error)}")
     found: dict[str, Run] = {}
     for place in filter(None, (root, drive)):
         for run in _runs_in(Path(place), tell):
@@ -56,7 +57,7 @@ def _runs_in(folder: Path, tell: Tell) -> Iterable[Run]:
     try:
         inside = sorted(folder.iterdir()) if os.path.isdir(folder) else []
     except OSError as error:
-        tell(f"{folder}: {_one_line(error)}")
+        tell(f"{folder}: {flat(error)}")
         return
     for place in inside:
         if place.name.startswith(".") or not os.path.isfile(place / MANIFEST):
@@ -64,7 +65,7 @@ def _runs_in(folder: Path, tell: Tell) -> Iterable[Run]:
         try:
             yield read_run(place)
         except (ValueError, OSError) as error:
-            tell(_one_line(error))
+            tell(flat(error))
 
 
 def table(runs: Iterable[Run]) -> str:
@@ -123,7 +124,7 @@ def unpack(archive: str | os.PathLike, root: str | os.PathLike) -> list[Path]:
                     new.append(target)
             return new
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"is no whole zip archive ({_one_line(error)}): upload it again") from error
+        raise ValueError(f"is no whole zip archive ({flat(error)}): upload it again") from error
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:
@@ -215,7 +216,7 @@ def keep(run_dir: str | os.PathLike, folder: str | os.PathLike) -> Path:
         if old.exists() and not place.exists():
             old.rename(place)
         shutil.rmtree(beside, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or _one_line(error)[:200]
+        reason = getattr(error, "strerror", None) or flat(error)[:200]
         raise OSError(
             f"run {run.run_id} could not be kept in {str(folder)!r} ({reason}): it is in {str(source)!r}"
         ) from error
@@ -227,7 +228,3 @@ def _check_copy(source: Path, copy: Path) -> None:
     for path in copy.rglob("*"):
         if path.is_file() and path.stat().st_size != (source / path.relative_to(copy)).stat().st_size:
             raise OSError(f"{path.name} was not copied whole")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

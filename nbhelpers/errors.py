@@ -22,7 +22,12 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = f" {str(error.filename)!r}" if error.filename else ""
         return f"cannot use{place}: {error.strerror.lower()}; check the path, its permissions and the free space"
-    return " ".join((str(error).strip() or type(error).__name__).split())
+    return flat(error)
+
+
+def flat(error: BaseException) -> str:
+    """What the error itself says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def refusal(found: Mapping[str, Any], *, named: bool = True) -> str:

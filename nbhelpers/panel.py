@@ -106,6 +106,7 @@ class Panel:
     # what a subclass says -----------------------------------------------------------------------------------------
 
     def carry_out(self, config: BaseModel, progress: Callable[[dict], None], should_stop: Callable[[], bool]) -> dict:
+        """The run itself; returns its result. Each subclass has its own."""
         raise NotImplementedError
 
     def phases(self, config: BaseModel) -> dict[str, float]:
@@ -299,7 +300,7 @@ class Panel:
 
     def _work(self, config: BaseModel) -> None:
         ended = threading.Event()
-        ticker = threading.Thread(target=self._tick, args=(ended,), name="nbhelpers-panel", daemon=True)
+        ticker = threading.Thread(target=self._tick, args=(config, ended), name="nbhelpers-panel", daemon=True)
         kind, text = "failed", ""
         before = {path.name for path in self.root.iterdir()} if self.root.is_dir() else set()
         try:
@@ -381,11 +382,11 @@ class Panel:
         self.hear(now)
         self._dirty = True
 
-    def _tick(self, ended: threading.Event) -> None:
+    def _tick(self, config: BaseModel, ended: threading.Event) -> None:
         self._timetable = durations.Timetable({})
         try:
             started = self._timetable.started
-            self._timetable = durations.Timetable(self.phases(self.form.config()))
+            self._timetable = durations.Timetable(self.phases(config))
             self._timetable.started = started
         except Exception as error:  # noqa: BLE001 - no estimate, and that is said; the run itself goes on
             self.estimate.value = NOTE.render(text=f"no estimate: {one_line(error)}")
