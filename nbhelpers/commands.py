@@ -60,8 +60,8 @@ def carry_out(work: Callable[[], dict], show: Callable[[dict], str], as_json: bo
         typer.echo(records.canonical_json(records.plain(result)))
     elif "error" in result:
         _say(result["error"])
-    else:
-        typer.echo(show(result))
+    elif text := show(result):
+        typer.echo(text)
     raise typer.Exit(code)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from nbhelpers import ranks
 from nbhelpers.commands import Json, Progress, Violation, carry_out, keyword, options_of, with_options
 
 
@@ -15,14 +16,18 @@ def finetune() -> Callable:
     from nbhelpers.fine_tuning import FineTuningConfig, FineTuningExperiment
 
     def command(out: Path | None, resume: bool, json: bool, **options) -> None:
+        first = ranks.is_first()  # of the processes that torchrun started: the one that reports
+
         def work() -> dict:
             config = FineTuningConfig(**options)
-            result = FineTuningExperiment.run(config, run_dir=out, resume=resume, progress=Progress())
-            if not result["all_facts_hold"]:
+            result = FineTuningExperiment.run(
+                config, run_dir=out, resume=resume, progress=Progress() if first else None
+            )
+            if result and not result["all_facts_hold"]:
                 raise Violation(result)
             return result
 
-        carry_out(work, show_fine_tuning, json)
+        carry_out(work, show_fine_tuning if first else lambda _: "", json and first)
 
     out = Annotated[Path | None, typer.Option(help="run directory; None = a new one under runs/")]
     resume = Annotated[bool, typer.Option("--resume", help="go on in --out from its newest complete checkpoint")]

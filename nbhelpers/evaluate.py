@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from nbhelpers import data, models, runtime
+from nbhelpers import data, losses, models, runtime
 from nbhelpers.tracking import Interrupted
 
 LOGIT_BYTES = 256 * 2**20  # most bytes of float32 logits held at a time; it sets the batch size
@@ -63,16 +62,9 @@ def row_losses(
         for start in range(0, len(rows), batch_size):
             if should_stop is not None and should_stop():
                 raise Interrupted(f"stopped after {start} of {len(rows)} windows")
-            batch = data.collate(rows[start : start + batch_size], device)
-            labels = batch.pop("labels")[:, 1:]
-            if batch["attention_mask"].all():
-                batch.pop("attention_mask")
-            logits = model(**batch, use_cache=False).logits[:, :-1]
-            losses = F.cross_entropy(
-                logits.float().transpose(1, 2), labels, ignore_index=data.IGNORED, reduction="none"
-            )
-            sums.append(losses.double().sum(1).cpu())
-            counts.append((labels != data.IGNORED).sum(1).cpu())
+            nll, tokens = losses.row_nlls(model, data.collate(rows[start : start + batch_size], device))
+            sums.append(nll)
+            counts.append(tokens)
             if progress is not None:
                 progress({"done": min(start + batch_size, len(rows)), "total": len(rows)})
     nll = torch.cat(sums)

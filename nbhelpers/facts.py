@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nbhelpers import attention, compact, data, evaluate, heads, memory, models
+from nbhelpers import adapters, attention, compact, data, evaluate, heads, memory, models
 from nbhelpers.architecture import geometry
 from nbhelpers.attention import Head
 
@@ -229,6 +229,8 @@ def saved_model_is_the_same(
     say it, plain transformers is not asked. Raises Interrupted after should_stop.
     """
     found = [_reloaded(folder, rows, nll, closed, device, removal, should_stop)]
+    if adapters.base_of(folder) is not None:
+        return [*found, _peft(folder, rows, nll, device, should_stop)]
     if removal is None or removal.loads_with == compact.PLAIN:
         found.append(_plain(folder, rows, nll, device, should_stop))
     return found
@@ -266,6 +268,42 @@ def _plain(folder: str | Path, rows: Sequence[dict], nll: float, device: str, sh
         "the saved model has the same loss in plain transformers",
         f"nll {again:.6f} against {nll:.6f}",
         {"nll": again, "expected": nll},
+    )
+
+
+def _peft(folder: str | Path, rows: Sequence[dict], nll: float, device: str, should_stop) -> Fact:
+    from peft import PeftModel
+
+    below = adapters.base_of(folder)
+
+    def load() -> nn.Module:
+        base = models.load_model(
+            below["model"], device=device, dtype=below.get("dtype") or "auto", quantization=below["quantization"]
+        )
+        return PeftModel.from_pretrained(base.model, str(folder)).eval()
+
+    with memory.loaded(load) as model:
+        again = evaluate.perplexity(model, rows, should_stop=should_stop).nll
+        ok = abs(again - nll) <= tolerance(model) * max(1.0, abs(nll))
+    return Fact(
+        "peft_computes_the_same",
+        ok,
+        "the saved adapters, put by PEFT on the model below, have the same loss",
+        f"nll {again:.6f} against {nll:.6f}, model below in {below['quantization'] or 'full precision'}",
+        {"nll": again, "expected": nll},
+    )
+
+
+def loss_is_the_models_own(check: dict[str, float], packing: str) -> Fact:
+    """A few training rows before the first step: the loss as it is trained on (packed, logits only where labels are)
+    beside that of the model's own logits, each row alone."""
+    difference = abs(check["ours"] - check["own"]) / max(abs(check["own"]), 1e-30)
+    return Fact(
+        "loss_is_the_models_own",
+        difference <= check["tolerance"],
+        "rows that share a sequence do not see each other: the trained loss is that of each row alone",
+        f"relative difference {difference:.1e} over {check['rows']:.0f} rows, packing {packing.split(':')[0]}",
+        {**check, "relative_difference": difference},
     )
 
 

@@ -13,12 +13,15 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from nbhelpers import attention, compact, data, facts, memory, models, runtime, training
+from nbhelpers import attention, compact, data, estimates, facts, instructions, memory, models, ranks, runtime, training
 from nbhelpers.architecture import is_supported
-from nbhelpers.stages import FACT_ROWS, StagedExperiment, check_window, shown
+from nbhelpers.registry import unknown
+from nbhelpers.stages import FACT_ROWS, VALIDATION_WINDOWS, StagedExperiment, check_window, shown
 from nbhelpers.stats import digits
 from nbhelpers.strict import StrictConfig
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
+
+JOBS = {"full": "full_finetuning", "lora": "lora", "qlora": "qlora"}  # method -> what estimates calls it
 
 
 class FineTuningConfig(StrictConfig):
@@ -26,16 +29,26 @@ class FineTuningConfig(StrictConfig):
 
     name: str = Field("fine-tuning", min_length=1, description="what the run is called in its record")
     model: str = Field("tiny-gpt2", description="bundled name, local folder, run directory or hub id")
-    data: str = Field("bundled", description="bundled, a .txt or .jsonl file (text, or prompt and completion), or hub")
-    method: Literal["full", "lora"] = Field("full", description="train all weights, or low-rank adapters")
+    data: str = Field(
+        "bundled",
+        description="bundled, bundled-instructions, a .txt or .jsonl file (text, or prompt and completion), or hub",
+    )
+    method: Literal["full", "lora", "qlora"] = Field(
+        "full", description="train all weights, low-rank adapters, or adapters on the model in 4 bits"
+    )
     steps: int = Field(100, ge=1, le=10_000_000, description="optimizer steps")
-    learning_rate: float | None = Field(None, gt=0, le=1, description="peak learning rate; None = 5e-5 full, 2e-4 lora")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="peak learning rate; None = 5e-5 full, 2e-4 lora and qlora"
+    )
     batch_size: int = Field(8, ge=1, le=65_536, description="windows per optimizer step (effective batch)")
     micro_batch_size: int | None = Field(
         None, ge=1, description="windows per pass; None = all; halved when memory ends"
     )
-    lora_rank: int = Field(8, ge=1, le=1024, description="rank of the adapters (lora only)")
-    lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank (lora only)")
+    packing: bool = Field(
+        True, description="short rows share a window without seeing each other: the same loss, faster"
+    )
+    lora_rank: int = Field(8, ge=1, le=1024, description="rank of the adapters (lora, qlora)")
+    lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank (lora, qlora)")
     gradient_checkpointing: bool = Field(False, description="compute activations twice to need less memory")
     validations: int = Field(4, ge=1, description="how often the validation text is measured, spread over the steps")
     early_stopping_patience: int | None = Field(
@@ -53,6 +66,7 @@ class FineTuningConfig(StrictConfig):
         None, description="start of the text samples; None = first words of the test text"
     )
     sample_tokens: int = Field(60, ge=1, le=2048, description="tokens written per sample")
+    samples: bool = Field(True, description="write a sample at each validation too, to read how training goes on")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of data order, adapters and samples")
 
     @model_validator(mode="after")
@@ -62,10 +76,43 @@ class FineTuningConfig(StrictConfig):
 
     def training(self) -> training.TrainingConfig:
         """The same as the trainer takes it."""
-        same = ("method", "steps", "learning_rate", "batch_size", "micro_batch_size", "lora_rank", "lora_alpha")
-        same += ("gradient_checkpointing", "early_stopping_patience", "checkpoint_every", "seed")
+        same = ("method", "steps", "learning_rate", "batch_size", "micro_batch_size", "packing", "lora_rank")
+        same += ("lora_alpha", "gradient_checkpointing", "early_stopping_patience", "checkpoint_every", "seed")
         every = max(1, self.steps // self.validations)
         return training.TrainingConfig(eval_every=every, **{name: getattr(self, name) for name in same})
+
+
+# What fits where: values for the fields that are left open. Every one of them fixes the amount of work.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model": "tiny-llama",
+        "data": instructions.BUNDLED,
+        "steps": 60,
+        "learning_rate": 2e-3,
+        "validations": 6,
+        "checkpoint_every": 20,
+    },
+    "gpu": {"model": "gpt2", "data": "wikitext-2", "steps": 200, "window": 512, "evaluation_windows": 200},
+    "full": {
+        "model": "gpt2-medium",
+        "data": "wikitext-2",
+        "steps": 1000,
+        "window": 1024,
+        "evaluation_windows": 250,
+        "gradient_checkpointing": True,
+    },
+}
+
+
+def from_preset(preset: str, more: Mapping[str, Any] | None = None, **values: Any) -> FineTuningConfig:
+    """The config of a preset with every value that is not None in its place, and those of `more` as they are.
+
+    LookupError for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise LookupError(unknown("preset", preset, PRESETS))
+    given = {name: value for name, value in values.items() if value is not None}
+    return FineTuningConfig(**PRESETS[preset] | given | dict(more or {}))
 
 
 class FineTuningExperiment(StagedExperiment):
@@ -80,20 +127,30 @@ class FineTuningExperiment(StagedExperiment):
         run_dir: str | Path | None = None,
         resume: bool = False,
         command: list[str] | None = None,
+        estimated_seconds: float | None = None,
         progress: Callable[[dict], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> dict:
         """Run `config` and leave a run directory; returns its result.
 
+        estimated_seconds: what the run was expected to take, to stand beside what it took.
         resume: go on in `run_dir` from its newest complete checkpoint (its config must be the same). Raises
         LookupError or ValueError for what cannot be run, before a run directory exists; tracking.Interrupted after
         should_stop, tracking.Diverged where training does not stay finite.
+
+        Started by torchrun, every process calls this alike: all of them train, the first one measures, writes and
+        returns the result, the others return {}.
         """
         plan = cls._check(config)
         record = ExperimentConfig(kind="fine_tuning", **config.model_dump())
-        with ExperimentTracker(record, root, run_dir=run_dir, resume=resume, command=command) as tracker:
-            result = cls(config, tracker, progress, should_stop)._run(*plan)
-            tracker.finish(result)
+        with ranks.joined(config.device or runtime.device()):
+            if not ranks.is_first():
+                return cls(config, None, None, should_stop)._follow(*plan)
+            with ExperimentTracker(record, root, run_dir=run_dir, resume=resume, command=command) as tracker:
+                ranks.told_by_first(str(tracker.run_dir))
+                result = cls(config, tracker, progress, should_stop)._run(*plan)
+                taken = tracker.seconds()
+                tracker.finish(result | {"time": {"estimated_seconds": estimated_seconds, "seconds": taken}})
         return result
 
     @staticmethod
@@ -105,13 +162,14 @@ class FineTuningExperiment(StagedExperiment):
         if config.control is not None:
             check_window(window, models.load_config(config.control))
             _same_tokens(tokenizer, models.load_tokenizer(config.control), config)
-        corpus = data.load_corpus(config.data)
+        corpus = instructions.load_corpus(config.data)
         rows = {part: data.rows(tokenizer, getattr(corpus, part), window) for part in ("train", "validation", "test")}
         return tokenizer, corpus, window, rows
 
     def _run(self, tokenizer, corpus: data.Corpus, window: int, rows: dict[str, list[dict]]) -> dict:
         config = self.config
         self._prepare(tokenizer, corpus, rows)
+        self.estimate = required_memory(config)
         model = self._load(config.model, trained=config.method).model
         self.tracker.set_fingerprints(
             model=models.fingerprint(model),
@@ -121,7 +179,7 @@ class FineTuningExperiment(StagedExperiment):
         closed = attention.closed_heads(model) if is_supported(model) else []
         self._stage("baseline", model)
         with memory.peak() as used:
-            tuned = self._train(model, "fine_tuned", config.training(), resume=True)
+            tuned = self._train(model, "fine_tuned", config.training(), resume=True, samples=config.samples)
         last = self._stage("fine_tuned", model)
         if closed:
             few = self.test[:FACT_ROWS]
@@ -134,6 +192,24 @@ class FineTuningExperiment(StagedExperiment):
                 self._stage("control", other)
             self.facts.append(facts.same_budget(tuned, control))
         return self._result(corpus, window, tuned, used, parameters, model_dir)
+
+    def _follow(self, tokenizer, corpus: data.Corpus, window: int, rows: dict[str, list[dict]]) -> dict:
+        """What a process beside the first one does: train along."""
+        artefacts = Path(ranks.told_by_first(None)) / "artefacts"
+        self.training = True  # it hears Stop through the first one
+        validation = rows["validation"][:VALIDATION_WINDOWS]
+        for name, stage in ((self.config.model, "fine_tuned"), (self.config.control, "control")):
+            if name is not None:
+                with memory.loaded(lambda name=name: self._load(name, trained=self.config.method).model) as model:
+                    training.fine_tune(
+                        model,
+                        rows["train"],
+                        validation,
+                        self.config.training(),
+                        output_dir=artefacts / stage,
+                        resume=True,
+                    )
+        return {}
 
     def _save(self, model, nll: float, closed: list) -> Path:
         """Write the model (an unfinished folder of an earlier attempt goes) and check what was written."""
@@ -168,12 +244,31 @@ class FineTuningExperiment(StagedExperiment):
             "tokens_per_second": tuned.tokens_per_second,
             "micro_batch_size": tuned.micro_batch_size,
             "skipped_steps": tuned.skipped_steps,
+            "processes": tuned.processes,
+            "packing": tuned.packing,
             "steps": tuned.steps,
             "best_step": tuned.best_step,
-            "memory": {"resident_peak_bytes": used.resident_peak, "cuda_peak_bytes": used.cuda_peak},
+            "memory": {
+                "estimated_bytes": self.estimate.total,
+                "estimated": self.estimate.text,
+                "resident_peak_bytes": used.resident_peak,
+                "resident_grown_bytes": used.resident_grown,
+                "cuda_peak_bytes": used.cuda_peak,
+            },
             **self._told(corpus, window),
             "model_dir": str(model_dir),
         }
+
+
+def required_memory(config: FineTuningConfig) -> estimates.Requirement:
+    """What training needs in memory, by a sum: to plan with, and to stand beside what was then measured."""
+    model = models.load_config(config.model)
+    sequences = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    tokens = sequences * check_window(config.window, model)
+    float32 = config.dtype == "float32" or (config.device or runtime.device()) == "cpu"
+    return estimates.required_bytes(
+        model, JOBS[config.method], tokens=tokens, rank=config.lora_rank, weight_bytes=4 if float32 else 2
+    )
 
 
 def _same_tokens(tokenizer, other, config: FineTuningConfig) -> None:

@@ -48,6 +48,12 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
+def in_use(device: str) -> dict[str, int]:
+    """What this process holds now, bytes: {"resident_bytes"}, and with device cuda {"cuda_bytes"} of its tensors."""
+    held = {"resident_bytes": resident_bytes()}
+    return held | {"cuda_bytes": _cuda("memory_allocated")} if device == "cuda" else held
+
+
 @dataclass
 class MemoryMark:
     """Memory over a block, bytes: before it, after it, and the highest in between. CUDA: of the current device."""

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from nbhelpers import attention, catalogue, compact, records, runtime
+from nbhelpers import adapters, attention, catalogue, compact, records, runtime
 from nbhelpers.architecture import geometry, is_supported
 from nbhelpers.registry import unknown
 
@@ -77,10 +77,9 @@ def _model_folder(folder: Path) -> Path:
         raise ValueError(
             f"model must be a folder, got the file {str(folder)!r}; name the folder that holds config.json"
         )
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "model" / "config.json").is_file():  # a run directory: its model
-        return folder / "model"
+    for place in (folder, folder / "model"):  # a run directory: its model
+        if (place / "config.json").is_file() or (place / adapters.CONFIG).is_file():
+            return place
     raise ValueError(f"{str(folder)!r} is no model: it has no config.json; name a folder written by save_pretrained")
 
 
@@ -89,6 +88,9 @@ def load_config(name: str):
     from transformers import AutoConfig
 
     source, location = locate(name)
+    below = adapters.base_of(location) if source == "folder" else None
+    if below is not None:
+        return load_config(_below(name, below))
     with _clear_errors(name, source, "config.json"):
         return AutoConfig.from_pretrained(location, local_files_only=source != "hub", trust_remote_code=False)
 
@@ -101,7 +103,8 @@ def load_model(
     `name`: bundled name, local folder (also a run directory) or hub id. `dtype`: auto (by device), stored (as in the
     file), float32, bfloat16 or float16. `quantization`: 8bit or 4bit (nf4, double quantisation) by bitsandbytes. Only
     safetensors are read and no code from the model's folder is run. A compact model comes back as narrow as it was
-    saved. LookupError for an unknown name, ValueError for files that are no model.
+    saved. A folder of adapters (QLoRA) is the model they belong on, quantised as it was, with them.
+    LookupError for an unknown name, ValueError for files that are no model.
     """
     if dtype not in DTYPES:
         raise LookupError(unknown("dtype", dtype, DTYPES))
@@ -111,6 +114,9 @@ def load_model(
     device = device or runtime.device()
     chosen = DTYPES[dtype] or runtime.dtype_for(device)
     _check_device(device)
+    below = adapters.base_of(location) if source == "folder" else None
+    if below is not None:
+        return _load_adapted(name, location, below, device, dtype, quantization)
     options = {"dtype": chosen, "use_safetensors": True, "local_files_only": source != "hub"}
     options |= {"ignore_mismatched_sizes": True}  # they are listed and refused below
     if quantization:
@@ -130,15 +136,45 @@ def load_model(
             f"{name!r} lacks weights that its config asks for, or has them in another shape: "
             f"{', '.join(missing[:3])} ({len(missing)} in all); copy the model again"
         )
-    if not quantization:
+    if quantization:
+        _keep_packed_weights(model)
+    else:
         model.to(device)
     model.eval()
+    where = str(Path(location).resolve()) if source == "folder" else name
+    model.nbhelpers_loaded = {"model": where, "quantization": quantization, "dtype": dtype}
     if removal is not None:
         model.nbhelpers_removal = removal
     if is_supported(model):
         attention.install(model)
         load_gates(model, location)
     return LoadedModel(model, tokenizer, str(name), source)
+
+
+def _load_adapted(name: str, location: str, below: dict, device: str, dtype: str, quantization) -> LoadedModel:
+    """The model that a folder's adapters belong on, with them."""
+    if quantization not in (None, below["quantization"]):
+        raise ValueError(
+            f"the adapters of {name!r} belong on a model with quantization {below['quantization']!r}, got "
+            f"{quantization!r}; leave it out"
+        )
+    known = below.get("dtype") or "auto" if dtype == "stored" else dtype
+    model = load_model(_below(name, below), device=device, dtype=known, quantization=below["quantization"]).model
+    with _clear_errors(name, "folder", "adapters"):
+        adapters.put_on(model, location)
+    model.eval()
+    if is_supported(model):
+        load_gates(model, location)
+    return LoadedModel(model, load_tokenizer(name), str(name), "folder")
+
+
+def _below(name: str, below: dict) -> str:
+    """The name of the model that adapters belong on; LookupError says whose adapters where it is not there."""
+    try:
+        locate(below["model"])
+    except (LookupError, ValueError) as error:
+        raise LookupError(f"the adapters of {str(name)!r} belong on a model that is not here: {error}") from error
+    return below["model"]
 
 
 def _check_device(device: str) -> None:
@@ -177,6 +213,14 @@ def _quantization(kind: Quantization, compute: torch.dtype):
     )
 
 
+def _keep_packed_weights(model: nn.Module) -> None:
+    """On CPUs with bfloat16, bitsandbytes would pack 4-bit weights anew at the first evaluation, their scales rounded:
+    the model would not compute the same before and after, and layers whose width is no multiple of 64 would fail."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 @contextmanager
 def _clear_errors(name: str, source: str, what: str) -> Iterator[None]:
     """Turns what transformers and safetensors raise for unusable files into one line that names the model."""
@@ -211,8 +255,8 @@ def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     """Write a model that plain transformers loads and computes the same with; closed heads also lie in head_gates.json.
 
     A compact model has a record beside, compact_heads.json, which says what loads it: plain transformers too, or
-    load_model alone (plain transformers then refuses the shapes of its weights).
-
+    load_model alone (plain transformers then refuses the shapes of its weights). A model with adapters is saved as its
+    adapters, in PEFT's format, with the name of the model that they belong on.
 
     The files are written to a folder beside and renamed, so a folder under its final name is complete; after an error
     (OSError where the disk is full) nothing is left. FileExistsError for a folder that is not empty.
@@ -223,12 +267,16 @@ def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"model folder {str(folder)!r} is not empty; choose another one")
     closed = attention.closed_heads(model) if is_supported(model) else []
-    state = attention.state_dict_without_closed_heads(model) if closed else None
+    adapted = adapters.are_on(model)
+    state = attention.state_dict_without_closed_heads(model) if closed and not adapted else None
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)  # what a killed run left
     try:
         beside.mkdir(parents=True)
-        model.save_pretrained(beside, state_dict=state)
+        if adapted:
+            adapters.save(model, beside)
+        else:
+            model.save_pretrained(beside, state_dict=state)
         tokenizer.save_pretrained(beside)
         if closed:
             save_gates(model, beside)
@@ -310,8 +358,13 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 def parameters(model: nn.Module) -> int:
-    """Parameters of the model, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of the model, tied ones counted once; 4-bit weights, two of which share a byte, one by one."""
+    return sum(_numbers(parameter) for parameter in model.parameters())
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -5,21 +5,29 @@ The parts of a training step that know nothing of its policies.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import TrainingArguments
 
-from nbhelpers import data
+from nbhelpers import data, ranks
 
 
-def adamw(parameters: dict[str, nn.Parameter], learning_rate: float, weight_decay: float, device: torch.device) -> Any:
-    """AdamW; weight decay for matrices only. Trained weights that are not float32 are an error."""
+def adamw(
+    parameters: dict[str, nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    device: torch.device,
+    *,
+    paged: bool = False,
+) -> Any:
+    """AdamW; weight decay for matrices only. Trained weights that are not float32 are an error.
+
+    paged: bitsandbytes' AdamW, whose state moves to the CPU where the GPU is full.
+    """
     wrong = [name for name, parameter in parameters.items() if parameter.dtype != torch.float32]
     if wrong or not parameters:
         raise ValueError(f"trained parameters must be float32 and at least one, got {wrong or 'none'}")
@@ -27,6 +35,10 @@ def adamw(parameters: dict[str, nn.Parameter], learning_rate: float, weight_deca
     vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    if paged:
+        from bitsandbytes.optim import PagedAdamW32bit
+
+        return PagedAdamW32bit(groups, lr=learning_rate)
     return torch.optim.AdamW(groups, lr=learning_rate, fused=device.type in ("cuda", "cpu"))
 
 
@@ -57,30 +69,6 @@ def data_order(rows: int, count: int, seed: int) -> list[int]:
 
 def scored_tokens(row: dict[str, torch.Tensor]) -> int:
     return int((row["labels"][1:] != data.IGNORED).sum())
-
-
-def nll_sum(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Summed nll in nats over the labels of a collated batch, float32; a row's first token is not scored (shift).
-
-    Logits are computed only where some row has a label, if that leaves out enough positions to matter.
-    """
-    labels = batch["labels"][:, 1:]
-    scored = labels != data.IGNORED
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
-    if not batch["attention_mask"].all():
-        inputs["attention_mask"] = batch["attention_mask"]
-    positions = scored.any(0).nonzero().flatten()
-    if 4 * len(positions) <= 3 * labels.shape[1] and _takes_positions(model):
-        logits = model(**inputs, logits_to_keep=positions).logits
-        labels, scored = labels[:, positions], scored[:, positions]
-    else:
-        logits = model(**inputs).logits[:, :-1]
-    return F.cross_entropy(logits[scored].float(), labels[scored], reduction="sum")
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -143,9 +131,10 @@ def bare_arguments(config: Any, scratch: str, device: torch.device) -> TrainingA
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    if arguments.world_size > 1:
-        raise ValueError(
-            f"fine_tune runs in one process, got world size {arguments.world_size}; start it without torchrun"
+    if arguments.world_size != ranks.count():
+        raise RuntimeError(
+            f"Trainer found {arguments.world_size} processes where the launcher started {ranks.count()}; start them by "
+            "torchrun"
         )
     arguments._n_gpu = min(
         arguments.n_gpu, 1

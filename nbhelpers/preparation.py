@@ -15,43 +15,59 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbhelpers import data
+from nbhelpers import adapters, data
 
 
 @contextmanager
 def prepared(model: nn.Module, config: Any, precision: str) -> Iterator[nn.Module]:
-    """The module to train: the model itself, or for lora the model wrapped by peft.
+    """The module to train: the model itself, or for lora and qlora the model wrapped by peft.
 
     Whatever is trained is float32 (with precision fp32 also what is not). Afterwards, also after an error: number
     formats, requires_grad, training mode, use_cache and activation checkpointing are as before, and adapters that were
-    not merged are gone.
+    not merged are gone. For qlora they stay, unless there was an error: merging would round them to 4 bits.
     """
-    if getattr(model, "quantization_method", None) is not None:
-        raise ValueError(
-            f"method {config.method!r} cannot train 8- or 4-bit weights; load the model with quantization=None"
-        )
+    _check_quantisation(model, config.method)
     before = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
     was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
     try:
         for parameter, _, _ in before:
-            if config.method == "full" or precision == "fp32":
+            if (config.method == "full" or precision == "fp32") and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(config.method == "full")
-        trainable = with_adapters(model, config) if config.method == "lora" else model
+        trainable = model if config.method == "full" else with_adapters(model, config)
         if config.gradient_checkpointing:  # after the adapters: peft would set the same hook a second time, for good
             _checkpoint_activations(model)
         yield trainable
+    except BaseException:
+        adapters.unload(model)
+        raise
+    else:
+        if config.method != "qlora":
+            adapters.unload(model)
     finally:
-        _unload_adapters(model)
         if config.gradient_checkpointing:
             _keep_activations(model)
         for parameter, requires_grad, dtype in before:
-            parameter.data = parameter.data.to(dtype)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(requires_grad)
         if use_cache is not None:
             model.config.use_cache = use_cache
         model.train(was_training)
         model.__dict__.pop("_is_accelerate_prepared", None)
+
+
+def _check_quantisation(model: nn.Module, method: str) -> None:
+    """ValueError unless quantised weights meet qlora, and qlora 4-bit weights without adapters."""
+    packed = any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    if method == "qlora" and not packed:
+        raise ValueError("method 'qlora' trains adapters on 4-bit weights; load the model with quantization='4bit'")
+    if method == "qlora" and adapters.are_on(model):
+        raise ValueError("the model already carries adapters; fine-tune the model they were made on")
+    if method != "qlora" and getattr(model, "quantization_method", None) is not None:
+        raise ValueError(
+            f"method {method!r} cannot train 8- or 4-bit weights; load the model with quantization=None, or use 'qlora'"
+        )
 
 
 def with_adapters(model: nn.Module, config: Any) -> nn.Module:
@@ -100,17 +116,6 @@ def left_out(model: nn.Module, total: int) -> dict[str, float]:
             pattern = re.sub(r"\.\d+\.", ".*.", name)
             shares[pattern] = shares.get(pattern, 0.0) + parameter.numel() / total
     return shares
-
-
-def _unload_adapters(model: nn.Module) -> None:
-    """Take adapters that were not merged (an error came first) out again: the weights are then the untrained ones."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, module in reversed(adapters):  # inner ones first: experts carry an adapter around another one
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.get_base_layer())
-    model.__dict__.pop("peft_config", None)
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -188,6 +188,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice on a CPU kernel at every import of peft
 
 
 def set_seed(seed: int) -> None:

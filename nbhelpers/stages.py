@@ -45,7 +45,8 @@ class StagedExperiment:
         dtype = self.config.dtype
         if dtype == "auto" and trained == "full":
             dtype = "float32"  # masters of the weights that are trained
-        loaded = models.load_model(name, device=self.config.device, dtype=dtype)
+        quantization = "4bit" if trained == "qlora" else None
+        loaded = models.load_model(name, device=self.config.device, dtype=dtype, quantization=quantization)
         loaded.model.register_forward_pre_hook(lambda *_: self._stop_here())
         return loaded
 
@@ -59,19 +60,25 @@ class StagedExperiment:
         """Measure the model as it is now on the whole test text and let it write a sample."""
         self._tell("measuring", at=stage)
         measured = evaluate.perplexity(model, self.test, should_stop=self.should_stop)
-        sample = evaluate.generate(
-            model, self.tokenizer, self.prompt, max_new_tokens=self.config.sample_tokens, seed=self.config.seed
-        )
+        sample = self._sample(model)
         row = {"stage": stage, **vars(measured), "sample": sample}
         self.stages.append(row)
         self.tracker.event("stage", stage=stage, perplexity=measured.perplexity, nll=measured.nll)
         self._tell("measured", at=stage, perplexity=measured.perplexity, sample=sample)
         return row
 
+    def _sample(self, model) -> str:
+        return evaluate.generate(
+            model, self.tokenizer, self.prompt, max_new_tokens=self.config.sample_tokens, seed=self.config.seed
+        )
+
     def _train(
-        self, model, stage: str, settings: training.TrainingConfig, *, resume: bool = False
+        self, model, stage: str, settings: training.TrainingConfig, *, resume: bool = False, samples: bool = False
     ) -> training.TrainingResult:
-        """Fine-tune the model in place; its curves go under `stage`, its record beside. Interrupted after a stop."""
+        """Fine-tune the model in place; its curves go under `stage`, its record beside. Interrupted after a stop.
+
+        samples: let it write a text at each validation.
+        """
         self.tracker.event("stage", stage=f"training {stage}")
         self.training = True
         result = training.fine_tune(
@@ -83,12 +90,15 @@ class StagedExperiment:
             tracker=_Prefixed(self.tracker, stage),
             progress=lambda now: self._tell(f"training {stage}", **now),
             should_stop=self.should_stop,
+            sampler=(lambda: self._sample(model)) if samples else None,
             resume=resume,
         )
         self.training = False
         if result.status == "stopped":
             raise Interrupted(f"stopped in step {result.steps} of {settings.steps} of training {stage}")
         records.write_json(self.tracker.run_dir / "artefacts" / f"training_{stage}.json", result.record())
+        if stage == "fine_tuned":
+            self.facts.append(facts.loss_is_the_models_own(result.loss_check, result.packing))
         if stage == "fine_tuned" and result.labels["prompt_label_tokens"] is not None:
             self.facts.append(facts.loss_leaves_out_the_prompt(result.labels))
         return result

@@ -23,14 +23,13 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from nbhelpers import checkpoints, data, evaluate, memory, records
+from nbhelpers import checkpoints, evaluate, losses, memory, packing, ranks, records
 from nbhelpers.optimization import (
     adamw,
     bare_arguments,
     copied,
     copied_tree,
     data_order,
-    nll_sum,
     put,
     schedule_factor,
     scored_tokens,
@@ -42,6 +41,7 @@ from nbhelpers.tracking import Diverged, Interrupted
 logger = logging.getLogger(__name__)
 
 GOOD_STATE_EVERY = 50  # steps between copies of a good state where there are no validations
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-3}  # relative: what another order of summation explains
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -85,10 +85,15 @@ class FineTuner(Trainer):
         folder: checkpoints.Folder,
         tracker: Any = None,
         progress: Callable[[dict], None] | None = None,
+        sampler: Callable[[], str] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self.rows, self.validation_rows, self.config, self.folder = rows, validation_rows, config, folder
-        self.tracker, self.report, self.should_stop = tracker, progress, should_stop
+        self.tracker, self.report, self.sampler, self.should_stop = tracker, progress, sampler, should_stop
+        self.news: list[dict] = []  # events since the last report
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        longest = max(len(row["input_ids"]) for row in rows)
+        self.packing_off = packing.why_not(inner, longest) if config.packing else "not asked for"
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(model.parameters()).device
         self.precision = precision
@@ -101,7 +106,8 @@ class FineTuner(Trainer):
         self.random_state: dict | None = None
         self.saved_step: int | None = None
         self.earlier_seconds = 0.0  # of the attempts before this one
-        optimizer = adamw(self.parameters, learning_rate, config.weight_decay, self.device)
+        paged = config.method == "qlora" and self.device.type == "cuda"
+        optimizer = adamw(self.parameters, learning_rate, config.weight_decay, self.device, paged=paged)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(config))
         super().__init__(
             model=model,
@@ -110,6 +116,8 @@ class FineTuner(Trainer):
             data_collator=list,
             optimizers=(optimizer, schedule),
         )
+        if ranks.count() > 1:
+            model._is_accelerate_prepared = True  # gradients are added up in training_step: no DistributedDataParallel
         self.remove_callback(PrinterCallback)
         self.add_callback(_Follow(self))
 
@@ -144,6 +152,7 @@ class FineTuner(Trainer):
         self._raise_if_stop_asked()
         model.train()
         loss = self._backward_whole_batch(model, inputs)
+        self._add_up_over_ranks(loss)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm or math.inf)
         scale = self.scaler.get_scale()
@@ -157,11 +166,14 @@ class FineTuner(Trainer):
         return loss
 
     def _backward_whole_batch(self, model: nn.Module, rows: list[dict]) -> torch.Tensor:
-        """Gradients and loss of the whole batch. Out of memory: forget it all, halve the micro-batch, do it again."""
+        """Gradients and loss of the whole batch, or of this process's share of it. Out of memory: forget it all, halve
+        the micro-batch, do it again."""
+        mine = ranks.share(rows)
+        sequences = [[row] for row in mine] if self.packing_off or not mine else packing.together(mine)
         while True:
             size = self.progress.micro_batch_size
             try:
-                return self._accumulate(model, rows, size)
+                return self._accumulate(model, rows, sequences, size)
             except Exception as error:
                 if not memory.is_oom(error):
                     raise
@@ -173,7 +185,7 @@ class FineTuner(Trainer):
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             set_torch_random_state(self.random_state, self.device)
-            self.progress.micro_batch_size = max(1, min(size, len(rows)) // 2)
+            self.progress.micro_batch_size = max(1, min(size, len(sequences)) // 2)
             self._event(
                 "oom",
                 where="training",
@@ -183,17 +195,26 @@ class FineTuner(Trainer):
                 message=message.splitlines()[0] if message else "",
             )
 
-    def _accumulate(self, model: nn.Module, rows: list[dict], size: int) -> torch.Tensor:
+    def _accumulate(self, model: nn.Module, rows: list[dict], sequences: list, size: int) -> torch.Tensor:
         total = sum(scored_tokens(row) for row in rows)
         loss = torch.zeros((), device=self.device)
-        for start in range(0, len(rows), size):
-            if start:
+        for start in range(0, len(sequences), size):
+            if start and ranks.count() == 1:
                 self._raise_if_stop_asked()
             with self._autocast():
-                part = nll_sum(model, data.collate(rows[start : start + size], self.device)) / total
+                part = losses.nll_sum(model, packing.collate(sequences[start : start + size], self.device)) / total
             self.scaler.scale(part).backward()
             loss += part.detach()
         return loss
+
+    def _add_up_over_ranks(self, loss: torch.Tensor) -> None:
+        """Every process has then the gradients and the loss of the whole batch, and makes the same step."""
+        if ranks.count() == 1:
+            return
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.add_up([*(parameter.grad for parameter in self.parameters.values()), loss])
 
     def _skip_step(self, loss: float, norm: float, scale: float) -> None:
         """No optimizer step. Too often in a row: back to the last good state at half the learning rate, once."""
@@ -235,10 +256,18 @@ class FineTuner(Trainer):
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _raise_if_stop_asked(self) -> None:
-        if self.should_stop is not None and self.should_stop():
+        if ranks.any_of(self.should_stop is not None and self.should_stop(), self.device):
             raise StopAsked
 
     # Around the steps -------------------------------------------------------------------------------------------------
+
+    def check_loss(self) -> dict[str, float]:
+        """The loss of a few rows as it is trained on beside the model's own, before the first step."""
+        if self.packing_off and self.config.packing:
+            self._event("packing_off", reason=self.packing_off)
+        with self._autocast():
+            found = packing.loss_check(self.model, self.rows, not self.packing_off)
+        return found | {"tolerance": LOSS_TOLERANCE[self.precision]}
 
     def run(self, checkpoint: Path | None, started: float) -> tuple[str, int]:
         """Train to the end or until asked to stop. Returns the status and the step whose weights the model now has.
@@ -319,8 +348,9 @@ class FineTuner(Trainer):
             nll = self._validate() if self._validation_due() else None
         finally:  # a step is reported also where its validation was stopped
             state.seconds = self._seconds()
+            metrics |= memory.in_use(self.device.type)
             self._log(state.step, **metrics, val_loss=nll)
-            self._tell(record, nll, metrics["tokens_per_sec"])
+            self._tell(record, nll, metrics)
         if not self.validation_rows and state.step % GOOD_STATE_EVERY == 0 and state.bad_in_a_row == 0:
             self._keep_good_state()
         if self._out_of_patience():
@@ -356,27 +386,46 @@ class FineTuner(Trainer):
                 self.best = copied(self.parameters)
         if state.bad_in_a_row == 0:
             self._keep_good_state()
+        self._sample()
         return nll
 
+    def _sample(self) -> None:
+        """A text of the model as it is now, for people to read."""
+        if self.sampler is not None:
+            with self._autocast():
+                self._event("sample", step=self.progress.step, text=self.sampler())
+
     def _validation_nll(self) -> float | None:
-        while True:
+        try:
+            nll, tokens = ranks.total(self._validation_sums(), self.device)
+        except Interrupted as error:
+            raise StopAsked from error
+        if math.isfinite(nll):
+            return nll / tokens
+        self._event("non_finite", step=self.progress.step, where="validation", message="the validation loss")
+        return None
+
+    def _validation_sums(self) -> list[float]:
+        """[nats, scored tokens] of this process's share of the validation rows; NaN where a loss is not finite."""
+        rows = ranks.share(self.validation_rows)
+        should_stop = self.should_stop if ranks.count() == 1 else None
+        while rows:
             try:
                 with self._autocast():
                     sums, counts = evaluate.row_losses(
-                        self.model, self.validation_rows, batch_size=self.validation_batch, should_stop=self.should_stop
+                        self.model, rows, batch_size=self.validation_batch, should_stop=should_stop
                     )
-                return float(sums.sum()) / int(counts.sum())
-            except Interrupted as error:
-                raise StopAsked from error
+                return [float(sums.sum()), int(counts.sum())]
             except FloatingPointError as error:
-                self._event("non_finite", step=self.progress.step, where="validation", message=str(error))
-                return None
+                logger.warning("validation: %s", error)
+                return [math.nan, 0]
             except Exception as error:
                 if not memory.is_oom(error) or self.validation_batch == 1:
                     raise
             gc.collect()
             size, self.validation_batch = self.validation_batch, self.validation_batch // 2
             self._event("oom", where="validation", from_batch_size=size, to_batch_size=self.validation_batch)
+        return [0.0, 0]
 
     def _keep_good_state(self) -> None:
         if self.progress.restored:  # it is restored once only
@@ -392,6 +441,7 @@ class FineTuner(Trainer):
 
     def _event(self, kind: str, **facts: Any) -> None:
         logger.info("%s: %s", kind, facts)
+        self.news.append({"kind": kind, "step": self.progress.step} | facts)
         if self.tracker is not None:
             self.tracker.event(kind, **facts)
 
@@ -399,8 +449,8 @@ class FineTuner(Trainer):
         if self.tracker is not None:
             self.tracker.log_metrics(iteration=step, **{k: v for k, v in metrics.items() if v is not None})
 
-    def _tell(self, record: StepRecord, nll: float | None, tokens_per_second: float) -> None:
-        state = self.progress
+    def _tell(self, record: StepRecord, nll: float | None, metrics: dict[str, Any]) -> None:
+        state, news, self.news = self.progress, self.news, []
         if self.report is not None:
             self.report(
                 {
@@ -410,18 +460,24 @@ class FineTuner(Trainer):
                     "validation_nll": nll,
                     "learning_rate": record.learning_rate,
                     "gradient_norm": record.gradient_norm,
-                    "tokens_per_second": tokens_per_second,
+                    "tokens_per_second": metrics["tokens_per_sec"],
+                    "resident_bytes": metrics["resident_bytes"],
+                    "cuda_bytes": metrics.get("cuda_bytes"),
                     "seconds": state.seconds,
                     "micro_batch_size": state.micro_batch_size,
                     "skipped_steps": state.skipped_steps,
                     "best_step": state.best_step,
                     "best_validation_nll": state.best_validation_nll,
+                    "sample": next((event["text"] for event in news if event["kind"] == "sample"), None),
+                    "events": [event for event in news if event["kind"] not in ("sample", "checkpoint")],
                 }
             )
 
     # Checkpoints: weights and state ours, optimizer, schedule and random state Trainer's ------------------------------
 
     def _save(self) -> None:
+        if not ranks.is_first():
+            return
         path = self.folder.save(self.progress.step, self._write_checkpoint)
         self.saved_step = self.progress.step
         self._event("checkpoint", step=self.progress.step, folder=path.name)

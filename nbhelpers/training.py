@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LEARNING_RATES = {"full": 5e-5, "lora": 2e-4}  # where learning_rate is None
+LEARNING_RATES = {"full": 5e-5, "lora": 2e-4, "qlora": 2e-4}  # where learning_rate is None
 IGNORE = -100  # a label with this value has no loss
 
 Row = Mapping[str, Any]  # {"input_ids": (length,), "labels": (length,), optional "prompt_length": int}
@@ -32,16 +32,16 @@ Row = Mapping[str, Any]  # {"input_ids": (length,), "labels": (length,), optiona
 class TrainingConfig(StrictConfig):
     """Everything that decides a fine-tuning run. Refuses nonsense and unknown names at birth."""
 
-    method: Literal["full", "lora"] = Field(
-        "full", description="train all weights, or low-rank adapters merged at the end"
+    method: Literal["full", "lora", "qlora"] = Field(
+        "full", description="train all weights, low-rank adapters merged at the end, or adapters on a 4-bit model"
     )
     steps: int = Field(200, ge=1, le=10_000_000, description="optimizer steps")
     learning_rate: float | None = Field(
-        None, gt=0, le=1, description="peak learning rate; None takes 5e-5 for full and 2e-4 for lora"
+        None, gt=0, le=1, description="peak learning rate; None takes 5e-5 for full and 2e-4 for lora and qlora"
     )
     batch_size: int = Field(8, ge=1, le=65_536, description="rows per optimizer step (effective batch)")
     micro_batch_size: int | None = Field(
-        None, ge=1, le=65_536, description="rows per forward pass; None starts with batch_size; halved when memory ends"
+        None, ge=1, le=65_536, description="sequences per pass; None starts with batch_size; halved when memory ends"
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="how the learning rate falls after warm-up (linear and cosine end near 0)"
@@ -53,9 +53,12 @@ class TrainingConfig(StrictConfig):
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="gradients are scaled down to this total norm; None = off"
     )
-    lora_rank: int = Field(8, ge=1, le=1024, description="rank of the adapters (lora only)")
-    lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank (lora only)")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (lora only)")
+    packing: bool = Field(
+        True, description="short rows share a sequence without seeing each other: less padding, the same loss"
+    )
+    lora_rank: int = Field(8, ge=1, le=1024, description="rank of the adapters (lora, qlora)")
+    lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank (lora, qlora)")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (lora, qlora)")
     eval_every: int | None = Field(
         50, ge=1, description="steps between validations (also at step 0 and the end); None = off"
     )
@@ -88,7 +91,7 @@ class TrainingConfig(StrictConfig):
 class TrainingResult:
     """What came out of `fine_tune`. `record()` is the same without the model, for a result file."""
 
-    model: nn.Module  # the object that was given, with the trained weights (LoRA merged in)
+    model: nn.Module  # the object that was given, with the trained weights (LoRA merged in, QLoRA's adapters in place)
     status: Literal["finished", "stopped"]
     stopped_early: bool  # early stopping ended it; still "finished"
     steps: int  # steps made, skipped ones included
@@ -104,11 +107,16 @@ class TrainingResult:
     tokens_per_second: float | None  # real tokens, padding excluded, per second of training steps
     trainable_parameters: int
     total_parameters: int  # of the model without adapters
-    left_out: dict[str, float]  # lora: matrices without an adapter -> share of all parameters
+    left_out: dict[str, float]  # lora, qlora: matrices without an adapter -> share of all parameters
     learning_rate: float  # peak, as resolved
     precision: str  # as resolved
     labels: dict[str, int | None]  # label_report of the training rows
     merge_difference: float | None  # lora: largest |logit change| by merging / largest |logit|, on one row
+    packing: str  # "on", or "off: " and why
+    loss_check: dict[
+        str, float
+    ]  # "ours" beside "own": nats a label token of a few rows, ours and by the model's logits
+    processes: int  # that trained together
 
     def record(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
@@ -195,6 +203,7 @@ def fine_tune(
     tracker: Any = None,
     progress: Callable[[dict], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    sampler: Callable[[], str] | None = None,
     resume: bool = False,
 ) -> TrainingResult:
     """Fine-tune `model` in place, where it stands (its device), and say what happened.
@@ -204,19 +213,24 @@ def fine_tune(
             effective batch, whatever the micro-batch; the first token of a row is never scored (shift).
         output_dir: takes checkpoints, if any; without checkpoint_every nothing is written.
         tracker: gets log_metrics per step, increment_gradient_step per optimizer step, and event("oom" |
-            "non_finite" | "overflow" | "restored" | "early_stop" | "best_restored" | "checkpoint" | "resume", ...).
+            "non_finite" | "overflow" | "restored" | "early_stop" | "best_restored" | "checkpoint" | "resume" |
+            "packing_off" | "sample", ...).
         progress: gets a plain dict after each step.
+        sampler: asked at each validation for a text that the model writes as it is then.
         should_stop: asked before each step, micro-batch and validation batch. After it the unfinished step is thrown
             away, the weights stay those of the last whole step (not the best ones), status is "stopped", and with
             checkpoint_every a checkpoint is left.
         resume: go on from the newest complete checkpoint in output_dir (from the start if there is none yet).
+
+    Started by torchrun, every process calls this with the same arguments; each takes its share of the rows of a step,
+    and only the first one needs tracker, progress and sampler. The loss curve is that of one process.
 
     Raises:
         ValueError: rows, config, device or checkpoint do not fit. tracking.Diverged: non-finite steps came back after
         the last good state was restored and the learning rate halved. torch.OutOfMemoryError: one row is too much.
         The global random state is afterwards what it was before.
     """
-    from nbhelpers import checkpoints, preparation, trainer
+    from nbhelpers import checkpoints, models, preparation, ranks, trainer
 
     started = time.perf_counter()
     train = check_rows(train_rows, "train_rows", model)
@@ -225,16 +239,18 @@ def fine_tune(
     precision = resolve_precision(config.precision, device.type)
     learning_rate = config.learning_rate or LEARNING_RATES[config.method]
     labels = label_report(train_rows)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = models.parameters(model)
     folder = checkpoints.Folder(output_dir, checkpoints.identity(model, config, train, validation))
-    start_from = folder.start(resume, writes=config.checkpoint_every is not None)
 
     with (
+        ranks.joined(device.type),
         runtime.seeded(config.seed),
         tempfile.TemporaryDirectory(prefix="nbhelpers-") as scratch,
         preparation.prepared(model, config, precision) as trainable,
     ):
-        left_out = preparation.left_out(model, total) if config.method == "lora" else {}
+        writes = config.checkpoint_every is not None
+        start_from = ranks.told_by_first(folder.start(resume, writes=writes) if ranks.is_first() else None)
+        left_out = preparation.left_out(model, total) if config.method != "full" else {}
         run = trainer.FineTuner(
             trainable,
             train,
@@ -246,9 +262,11 @@ def fine_tune(
             folder=folder,
             tracker=tracker,
             progress=progress,
+            sampler=sampler,
             should_stop=should_stop,
         )
         try:
+            loss_check = run.check_loss()
             status, weights_step = run.run(start_from, started)
             state, trained = run.progress, sum(p.numel() for p in run.parameters.values())
         finally:
@@ -276,4 +294,7 @@ def fine_tune(
         precision=precision,
         labels=labels,
         merge_difference=merge_difference,
+        packing="on" if run.packing_off is None else f"off: {run.packing_off}",
+        loss_check=loss_check,
+        processes=ranks.count(),
     )

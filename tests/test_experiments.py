@@ -62,7 +62,7 @@ def failed(result: dict) -> set[str]:
 
 def test_every_fact_of_an_honest_run_holds(whole):
     assert whole["all_facts_hold"] and failed(whole) == set()
-    assert len(whole["facts"]) == 10
+    assert len(whole["facts"]) == 11
 
 
 def test_the_result_holds_all_stages_and_the_heads_that_were_closed(whole):

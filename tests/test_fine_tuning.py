@@ -49,6 +49,7 @@ def test_every_fact_of_an_honest_run_holds(whole):
     assert whole["all_facts_hold"], whole["facts"]
     assert {fact["name"] for fact in whole["facts"]} == {
         "test_text_was_not_trained_on",
+        "loss_is_the_models_own",
         "closed_heads_add_nothing_after_fine_tuning",
         "reloaded_model_is_the_same",
         "plain_transformers_computes_the_same",
