@@ -4,6 +4,9 @@ BIN := .venv/bin
 COLAB := .venv-colab
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
+# unit tests run in this many processes, each test file in one of them, each process with one thread
+WORKERS ?= 2
+UNIT := -q -m "not slow and not soak" -n $(WORKERS) --dist loadfile
 # two threads per process at most: tests, kernels and workers run beside each other
 export OMP_NUM_THREADS ?= 2
 # threads that wait sleep: on a busy machine spinning ones make small models many times slower
@@ -28,14 +31,14 @@ check: .venv/.installed  ## style only: formatting and lint
 	$(BIN)/ruff check .
 
 unit: .venv/.installed  ## unit tests without the slow tier
-	$(BIN)/python -m pytest -q -m "not slow and not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT)
 
 nbval: .venv/.installed  ## compare the committed notebooks with a fresh execution, cell by cell
 	$(if $(NOTEBOOKS),HF_HUB_OFFLINE=1 NBHELPERS_HEADLESS=1 $(BIN)/python -m pytest -q $(NBVAL) $(NOTEBOOKS),@echo "no notebooks yet")
 
 test-slow: .venv/.installed $(COLAB)/.installed  ## the slow tier, then the unit tests under Colab's versions
 	$(BIN)/python -m pytest -q -m "slow and not soak"
-	NBHELPERS_REQUIRE_BROWSER=0 $(COLAB)/bin/python -m pytest -q -m "not slow and not soak"
+	NBHELPERS_REQUIRE_BROWSER=0 OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest $(UNIT)
 	$(COLAB)/bin/python -m pytest -q -m "slow and not soak" tests/test_colab_stack.py
 
 notebooks: .venv/.installed  ## execute the notebooks again and store them with their outputs

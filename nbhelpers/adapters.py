@@ -6,6 +6,9 @@ as its adapters alone; loading them loads the model below, quantised in the same
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -31,6 +34,14 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """peft 0.21 asks transformers for a property under its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
 
 
 def unload(model: nn.Module) -> None:
@@ -79,7 +90,8 @@ def put_on(model: nn.Module, folder: str | Path) -> None:
 
     with safe_open(str(Path(folder) / WEIGHTS), "pt") as file:
         names = set(file.keys())
-    PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    with quiet_peft():
+        PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     there = {PREFIX + name.replace(".default", "") for name in model.state_dict() if ".lora_" in name}
     if names != there:
         raise ValueError(f"the adapters in {str(folder)!r} do not fit the model: {sorted(names ^ there)[:3]} differ")

@@ -20,9 +20,8 @@ def finetune() -> Callable:
 
         def work() -> dict:
             config = FineTuningConfig(**options)
-            result = FineTuningExperiment.run(
-                config, run_dir=out, resume=resume, progress=Progress() if first else None
-            )
+            told = {"estimated_seconds": expected_seconds(config), "progress": Progress()} if first else {}
+            result = FineTuningExperiment.run(config, run_dir=out, resume=resume, **told)
             if result and not result["all_facts_hold"]:
                 raise Violation(result)
             return result
@@ -46,10 +45,36 @@ def show_fine_tuning(result: dict) -> str:
     lines += ["", result["verdict"]]
     if result["text"]["generated"]:
         lines.append("All of this on text that this project generated itself.")
-    peak = result["memory"]["cuda_peak_bytes"] or result["memory"]["resident_peak_bytes"]
     lines.append(
         f"{result['steps']} steps, {result['trainable_parameters']:,} of {result['parameters']:,} parameters trained, "
-        f"{result['tokens_per_second']:,.0f} tokens a second, at most {peak / 1e9:.2f} GB"
+        f"{result['tokens_per_second']:,.0f} tokens a second, packing {result['packing']}"
     )
+    lines += estimates_beside_measures(result)
     lines += ["", *(Fact(**fact).line() for fact in result["facts"])]
     return "\n".join([*lines, "", f"run    {result['run_dir']}", f"model  {result['model_dir']}"])
+
+
+def expected_seconds(config) -> float | None:
+    """What the run will take, to stand beside what it took; None where the amount of work is not known yet."""
+    from nbhelpers import durations
+
+    try:
+        return sum(durations.phases(config).values())
+    except (LookupError, ValueError):  # a text on the hub, or what the run itself will refuse with better words
+        return None
+
+
+def estimates_beside_measures(result: dict) -> list[str]:
+    """Memory and time as they were measured, each beside its estimate."""
+    from nbhelpers.durations import in_words
+    from nbhelpers.estimates import megabytes
+
+    used, time = result["memory"], result["time"]
+    found = f"{megabytes(used['cuda_peak_bytes'])} of tensors on the GPU"
+    if not used["cuda_peak_bytes"]:
+        found = f"{megabytes(used['resident_grown_bytes'])} more than before the model was loaded, libraries included"
+    estimated = "not known before" if time["estimated_seconds"] is None else in_words(time["estimated_seconds"])
+    return [
+        f"memory: at most {found} (estimated without libraries: {megabytes(used['estimated_bytes'])})",
+        f"time: {in_words(time['seconds'])} (estimated: {estimated})",
+    ]

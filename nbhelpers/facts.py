@@ -280,7 +280,8 @@ def _peft(folder: str | Path, rows: Sequence[dict], nll: float, device: str, sho
         base = models.load_model(
             below["model"], device=device, dtype=below.get("dtype") or "auto", quantization=below["quantization"]
         )
-        return PeftModel.from_pretrained(base.model, str(folder)).eval()
+        with adapters.quiet_peft():
+            return PeftModel.from_pretrained(base.model, str(folder)).eval()
 
     with memory.loaded(load) as model:
         again = evaluate.perplexity(model, rows, should_stop=should_stop).nll

@@ -149,8 +149,8 @@ class FineTuningExperiment(StagedExperiment):
             with ExperimentTracker(record, root, run_dir=run_dir, resume=resume, command=command) as tracker:
                 ranks.told_by_first(str(tracker.run_dir))
                 result = cls(config, tracker, progress, should_stop)._run(*plan)
-                taken = tracker.seconds()
-                tracker.finish(result | {"time": {"estimated_seconds": estimated_seconds, "seconds": taken}})
+                result["time"] = {"estimated_seconds": estimated_seconds, "seconds": tracker.seconds()}
+                tracker.finish(result)
         return result
 
     @staticmethod
@@ -170,15 +170,15 @@ class FineTuningExperiment(StagedExperiment):
         config = self.config
         self._prepare(tokenizer, corpus, rows)
         self.estimate = required_memory(config)
-        model = self._load(config.model, trained=config.method).model
-        self.tracker.set_fingerprints(
-            model=models.fingerprint(model),
-            tokenizer=models.tokenizer_fingerprint(tokenizer),
-            text=corpus.sha256,
-        )
-        closed = attention.closed_heads(model) if is_supported(model) else []
-        self._stage("baseline", model)
         with memory.peak() as used:
+            model = self._load(config.model, trained=config.method).model
+            self.tracker.set_fingerprints(
+                model=models.fingerprint(model),
+                tokenizer=models.tokenizer_fingerprint(tokenizer),
+                text=corpus.sha256,
+            )
+            closed = attention.closed_heads(model) if is_supported(model) else []
+            self._stage("baseline", model)
             tuned = self._train(model, "fine_tuned", config.training(), resume=True, samples=config.samples)
         last = self._stage("fine_tuned", model)
         if closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -137,7 +139,7 @@ def load_model(
             f"{', '.join(missing[:3])} ({len(missing)} in all); copy the model again"
         )
     if quantization:
-        _keep_packed_weights(model)
+        mend_4bit_on_cpu(model)
     else:
         model.to(device)
     model.eval()
@@ -213,12 +215,28 @@ def _quantization(kind: Quantization, compute: torch.dtype):
     )
 
 
-def _keep_packed_weights(model: nn.Module) -> None:
-    """On CPUs with bfloat16, bitsandbytes would pack 4-bit weights anew at the first evaluation, their scales rounded:
-    the model would not compute the same before and after, and layers whose width is no multiple of 64 would fail."""
+def mend_4bit_on_cpu(model: nn.Module) -> None:
+    """Let 4-bit layers compute on a CPU what their format says; on other devices nothing is changed.
+
+    Two faults of bitsandbytes 0.50 on CPUs with AVX-512: layers whose width is no multiple of their block (64) are
+    dequantised wrongly, as if blocks began anew in each row; and the first evaluation packs weights anew with rounded
+    scales, so that the model is no longer the one that was measured.
+    """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if type(module).__name__ == "Linear4bit" and module.weight.device.type == "cpu":
             module.support_avx512bf16_for_cpu = False
+            if module.in_features % module.weight.quant_state.blocksize:
+                module.forward = partial(_linear_4bit, module)
+
+
+def _linear_4bit(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """The layer with its weights dequantised as one row, in which blocks lie one after another."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(module.weight.quant_state)
+    shape, state.shape = state.shape, torch.Size([state.shape.numel()])
+    weight = dequantize_4bit(module.weight.data, state).view(shape)
+    return nn.functional.linear(inputs, weight.to(inputs.dtype), module.bias)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ object that was given is the object that comes back, with trained weights and ot
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,8 +82,7 @@ def with_adapters(model: nn.Module, config: Any) -> nn.Module:
         target_modules="all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2: (in, out) weights
     )
-    with warnings.catch_warnings():  # peft 0.21 asks transformers for a property under its old name
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+    with adapters.quiet_peft():
         return get_peft_model(model, settings)
 
 

@@ -118,3 +118,41 @@ def test_a_model_with_adapters_that_load_model_did_not_load_is_not_saved(tuned, 
     with pytest.raises(ValueError, match="only where it was loaded by load_model"):
         models.save_model(loaded.model, loaded.tokenizer, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_qlora_learns_with_a_paged_optimizer_and_resumes(tmp_path):
+    def model():
+        return models.load_model("tiny-llama", device="cuda", quantization="4bit").model
+
+    settings = {"method": "qlora", "learning_rate": 1e-2, "eval_every": 5, "checkpoint_every": 5, "keep_best": False}
+    half = fine_tune(model(), ROWS, ROWS, TrainingConfig(steps=5, **settings), output_dir=tmp_path / "half")
+    whole = fine_tune(model(), ROWS, ROWS, TrainingConfig(steps=10, **settings), output_dir=tmp_path / "whole")
+    assert half.validation_nlls[-1][1] < half.validation_nlls[0][1] and whole.steps == 10
+    again = fine_tune(
+        model(), ROWS, ROWS, TrainingConfig(steps=10, **settings), output_dir=tmp_path / "whole", resume=True
+    )
+    assert again.train_losses == whole.train_losses
+
+
+def test_the_paged_optimizer_is_bitsandbytes_own_with_the_same_groups():
+    from bitsandbytes.optim import PagedAdamW32bit
+
+    from nbhelpers.optimization import adamw
+
+    parameters = {"matrix": torch.nn.Parameter(torch.zeros(2, 2)), "bias": torch.nn.Parameter(torch.zeros(2))}
+    found = adamw(parameters, 1e-3, 0.1, torch.device("cpu"), paged=True)
+    assert isinstance(found, PagedAdamW32bit)
+    assert [group["weight_decay"] for group in found.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_activation_checkpointing_gives_the_same_losses(method, tmp_path):
+    curves = []
+    for checkpointing in (False, True):
+        quantization = "4bit" if method == "qlora" else None
+        model = models.load_model("tiny-llama", device="cpu", quantization=quantization).model
+        config = TrainingConfig(method=method, steps=3, batch_size=4, gradient_checkpointing=checkpointing)
+        curves.append(fine_tune(model, ROWS, ROWS, config, output_dir=tmp_path).train_losses)
+    assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], abs=1e-6)

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbhelpers import attention, evaluate, generated, models
-from nbhelpers.fine_tuning import FineTuningConfig, FineTuningExperiment, improvement, verdict
+from nbhelpers import attention, evaluate, generated, models, packing
+from nbhelpers.commands_training import show_fine_tuning
+from nbhelpers.estimates import megabytes
+from nbhelpers.fine_tuning import FineTuningConfig, FineTuningExperiment, improvement, required_memory, verdict
 from nbhelpers.records import read_json
 from nbhelpers.runs import read_run
 from nbhelpers.tracking import Interrupted
@@ -34,6 +36,12 @@ def config(text: str, **changes) -> FineTuningConfig:
     return FineTuningConfig(**{"model": "tiny-gpt2", "data": text, **QUICK, **changes})
 
 
+def asked(result: dict) -> dict:
+    """The config of a run, from its record."""
+    recorded = read_run(result["run_dir"]).config
+    return {name: value for name, value in recorded.items() if name in FineTuningConfig.model_fields}
+
+
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory) -> dict:
     """A run on a pruned model, with the whole model as control."""
@@ -42,7 +50,7 @@ def whole(text, tmp_path_factory) -> dict:
     attention.close_heads(loaded.model, [(0, 1), (3, 2)])
     models.save_model(loaded.model, loaded.tokenizer, folder / "pruned")
     settings = config(text, model=str(folder / "pruned"), control="tiny-gpt2", learning_rate=1e-3)
-    return FineTuningExperiment.run(settings, run_dir=folder / "run")
+    return FineTuningExperiment.run(settings, run_dir=folder / "run", estimated_seconds=123.0)
 
 
 def test_every_fact_of_an_honest_run_holds(whole):
@@ -72,6 +80,32 @@ def test_the_model_was_trained_and_the_numbers_are_those_of_its_record(whole):
     assert whole["memory"]["resident_peak_bytes"] > 1e8 and whole["tokens_per_second"] > 0
 
 
+def test_estimates_stand_beside_what_was_measured(whole):
+    used = whole["memory"]
+    assert used["estimated_bytes"] == required_memory(FineTuningConfig(**asked(whole))).total > 0
+    assert used["estimated"].endswith(megabytes(used["estimated_bytes"]))
+    assert whole["time"]["estimated_seconds"] == 123.0 and whole["time"]["seconds"] > 0
+    shown = show_fine_tuning(whole)
+    assert f"estimated without libraries: {megabytes(used['estimated_bytes'])}" in shown
+    assert "(estimated: 2 min)" in shown
+    unknown = show_fine_tuning(whole | {"time": {"estimated_seconds": None, "seconds": 1.0}})
+    assert "time: 1 s (estimated: not known before)" in unknown
+
+
+def test_samples_are_written_at_each_validation_unless_they_are_switched_off(whole, text, tmp_path):
+    run = read_run(whole["run_dir"])
+    samples = [event for event in run.events if event["kind"] == "sample"]
+    assert [(event["stage"], event["step"]) for event in samples] == [("fine_tuned", step) for step in range(5)]
+    assert all(event["text"] for event in samples)
+    silent = FineTuningExperiment.run(config(text, samples=False, steps=1), run_dir=tmp_path / "run")
+    assert not [event for event in read_run(silent["run_dir"]).events if event["kind"] == "sample"]
+
+
+def test_packing_reaches_the_training_and_the_result_says_so(whole, text, tmp_path):
+    off = FineTuningExperiment.run(config(text, packing=False, steps=1), run_dir=tmp_path / "run")
+    assert (whole["packing"], off["packing"]) == ("on", "off: not asked for")
+
+
 def test_lora_trains_few_parameters_and_is_merged(text, tmp_path):
     result = FineTuningExperiment.run(config(text, method="lora", lora_rank=2), run_dir=tmp_path / "run")
     assert result["all_facts_hold"] and result["trainable_parameters"] < result["parameters"] / 10
@@ -85,6 +119,25 @@ def test_prompts_are_not_in_the_loss_and_a_fact_says_so(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = FineTuningExperiment.run(config(str(path), steps=1), run_dir=tmp_path / "run")
     assert "loss_is_on_the_completion_alone" in {fact["name"] for fact in result["facts"] if fact["ok"]}
+
+
+def test_a_mask_through_which_rows_see_each_other_makes_the_run_a_violation(text, tmp_path, monkeypatch):
+    """Saboteur: packing as it is done elsewhere, rows one after another under one causal mask."""
+    collate = packing.collate
+
+    def careless(sequences, device="cpu"):
+        batch = collate(sequences, device)
+        if batch["attention_mask"].ndim == 4:
+            length = batch["input_ids"].shape[1]
+            batch["attention_mask"] = (
+                torch.ones(length, length, dtype=torch.bool).tril().expand_as(batch["attention_mask"])
+            )
+        return batch
+
+    monkeypatch.setattr(packing, "collate", careless)
+    result = FineTuningExperiment.run(config(text, steps=1), run_dir=tmp_path / "run")
+    assert not result["all_facts_hold"]
+    assert {fact["name"] for fact in result["facts"] if not fact["ok"]} == {"loss_is_the_models_own"}
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_strategies_that_read_or_plant_weights_refuse_four_bit_weights(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
     )
+    models.mend_4bit_on_cpu(model)
     attention.install(model)
     for call in (
         lambda: STRATEGIES["magnitude"](model, ROWS),
