@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,6 +84,45 @@ def check_heads(model: nn.Module, heads: Iterable[Sequence[int]]) -> list[Head]:
         if not (0 <= layer < geo.layers and 0 <= head < geo.heads):
             raise ValueError(f"head ({layer}, {head}) does not exist: {geo.layers} layers with {geo.heads} heads each")
     return result
+
+
+def windows(model: nn.Module) -> dict[str, int | None]:
+    """Tokens that each kind of attention layer sees back, by the model's own names of the kinds; {} where all see all.
+
+    A model of one kind has the one name "all".
+    """
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = set(getattr(text, "layer_types", None) or [])
+    if window is None or (kinds and "sliding_attention" not in kinds):
+        return {}
+    if not kinds:
+        return {"all": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+
+
+def visible(model: nn.Module, mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> dict[str, Any]:
+    """The attention_mask argument that lets each query see exactly the keys of `mask`, as far as a sliding window goes.
+
+    mask: bool (batch, queries, keys); queries, keys: their positions (batch, length). A dict of masks for models whose
+    layers see different windows; added numbers instead of booleans where attention is eager.
+    """
+    kinds = windows(model)
+    if not kinds:
+        return {"attention_mask": _as_attention_takes_it(model, mask)}
+    near = {
+        kind: mask if window is None else mask & (queries[:, :, None] - keys[:, None, :] < window)
+        for kind, window in kinds.items()
+    }
+    made = {kind: _as_attention_takes_it(model, part) for kind, part in near.items()}
+    return {"attention_mask": made.get("all", made)}
+
+
+def _as_attention_takes_it(model: nn.Module, mask: torch.Tensor) -> torch.Tensor:
+    if model.config._attn_implementation in (IMPLEMENTATION, "sdpa"):
+        return mask[:, None]
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[:, None]
 
 
 def close_heads(model: nn.Module, heads: Iterable[Sequence[int]]) -> None:

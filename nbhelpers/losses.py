@@ -54,6 +54,35 @@ def row_nlls(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Te
     return sums, scored.sum(1).cpu()
 
 
+@torch.no_grad()
+def log_probabilities(
+    model: nn.Module, inputs: dict[str, Any], places: list[tuple[int, int]], wanted: list[tuple[int, int]]
+) -> list[float]:
+    """Log-probabilities in nats of next tokens, float32.
+
+    inputs: of the model's forward pass. places: (row, position) at which next tokens are scored, each once. wanted:
+    (number of a place, token), in the order of the places.
+    """
+    rows, positions = (list(part) for part in zip(*places, strict=True))
+    inputs = {"use_cache": False, **inputs}
+    if has_plain_head(model):
+        head = _inner(model).get_output_embeddings()
+        with _no_head(head):
+            hidden = model(**inputs).logits[rows, positions]
+        pieces = (F.linear(part, head.weight, head.bias) for part in hidden.split(_chunk(head.weight)))
+    else:
+        pieces = [model(**inputs).logits[rows, positions]]
+    device, first, found = next(model.parameters()).device, 0, []
+    at = torch.tensor([place for place, _ in wanted], device=device)
+    tokens = torch.tensor([token for _, token in wanted], device=device)
+    for logits in pieces:
+        logits = logits.float()
+        here = (at >= first) & (at < first + len(logits))
+        found.append(logits[at[here] - first, tokens[here]] - logits.logsumexp(-1)[at[here] - first])
+        first += len(logits)
+    return torch.cat(found).tolist()
+
+
 def has_plain_head(model: nn.Module) -> bool:
     """Whether the logits are one plain linear layer's output, so that they can be made where they are needed."""
     inner = _inner(model)

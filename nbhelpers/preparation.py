@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbhelpers import adapters, data
+from nbhelpers import adapters
+
+COMPARED = 16  # tokens of a row on which merged and unmerged logits are compared
 
 
 @contextmanager
@@ -87,7 +89,7 @@ def with_adapters(model: nn.Module, config: Any) -> nn.Module:
 
 
 def merge(trained: nn.Module, row: dict[str, torch.Tensor]) -> float:
-    """Put adapters into the weights of a peft model. Returns largest |logit change| / largest |logit| on one row."""
+    """Put adapters into the weights of a peft model. Returns largest |logit change| / largest |logit| (a row's end)."""
     trained.eval()
     adapted = _logits(trained, row)
     merged = _logits(trained.merge_and_unload(safe_merge=True), row)
@@ -96,8 +98,8 @@ def merge(trained: nn.Module, row: dict[str, torch.Tensor]) -> float:
 
 @torch.no_grad()
 def _logits(model: nn.Module, row: dict[str, torch.Tensor]) -> torch.Tensor:
-    batch = data.collate([row], next(model.parameters()).device)
-    return model(input_ids=batch["input_ids"], use_cache=False).logits.float()
+    ids = row["input_ids"][None, -COMPARED:].to(next(model.parameters()).device)
+    return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def left_out(model: nn.Module, total: int) -> dict[str, float]:

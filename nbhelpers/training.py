@@ -230,7 +230,7 @@ def fine_tune(
         the last good state was restored and the learning rate halved. torch.OutOfMemoryError: one row is too much.
         The global random state is afterwards what it was before.
     """
-    from nbhelpers import checkpoints, models, preparation, ranks, trainer
+    from nbhelpers import checkpoints, faster_layers, models, preparation, ranks, trainer
 
     started = time.perf_counter()
     train = check_rows(train_rows, "train_rows", model)
@@ -266,8 +266,9 @@ def fine_tune(
             should_stop=should_stop,
         )
         try:
-            loss_check = run.check_loss()
-            status, weights_step = run.run(start_from, started)
+            with faster_layers.in_use(trainable, precision):
+                loss_check = run.check_loss()
+                status, weights_step = run.run(start_from, started)
             state, trained = run.progress, sum(p.numel() for p in run.parameters.values())
         finally:
             run.close()

@@ -246,7 +246,7 @@ def test_quantised_weights_score_near_the_full_ones_on_a_cpu(model_folders, kind
 @pytest.mark.parametrize("width", [96, 64, 32, 48])
 @pytest.mark.parametrize("nested", [True, False])
 def test_4_bit_layers_compute_what_their_format_says_whatever_their_width(width, nested):
-    """By hand: 16 values, and a scale for each 64 weights in the order of the matrix (nested: in 8 bits, and a mean)."""
+    """By hand: 16 values, and a scale for each 64 weights, row after row (nested: in 8 bits, and a mean)."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     with torch.random.fork_rng():
         torch.manual_seed(0)
