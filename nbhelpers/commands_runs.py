@@ -106,6 +106,7 @@ def runs_compare() -> Callable:
         json: Json = False,
     ) -> None:
         def work() -> dict:
+            from nbhelpers import predictions
             from nbhelpers.analysis import ExperimentAnalyzer
 
             analyzer = ExperimentAnalyzer(folders)
@@ -113,6 +114,7 @@ def runs_compare() -> Callable:
             by = metric or analyzer.headline()
             groups = analyzer.seed_groups(by) if by else []
             best = analyzer.get_best_experiment(by) if by else None
+            paired, unpaired = predictions.compare_runs([run.folder for run in analyzer.load_all()])
             return {
                 "runs": analyzer.get_comparison_table(chosen),
                 "metric": by,
@@ -120,8 +122,9 @@ def runs_compare() -> Callable:
                 "seeds": [
                     {"setting": group.differs, **vars(group.interval), "runs": group.run_ids} for group in groups
                 ],
+                "paired": paired,
                 "figures": _draw(analyzer, figures) if figures else [],
-                "problems": analyzer.problems,
+                "problems": [*analyzer.problems, *unpaired],
             }
 
         carry_out(work, _show_comparison, json)
@@ -140,8 +143,19 @@ def _show_comparison(found: dict) -> str:
     for group in several:
         said = ", ".join(f"{key} {shown(value)}" for key, value in group["setting"].items()) or "all runs"
         lines.append(f"  {said}: {Interval(**{key: group[key] for key in Interval.__dataclass_fields__})}")
+    lines += [_show_paired(test) for test in found["paired"]]
     lines += [f"figure {path}" for path in found["figures"]]
     return "\n".join([*lines, *(f"note: {problem}" for problem in found["problems"])])
+
+
+def _show_paired(test: dict) -> str:
+    from nbhelpers.stats import Interval
+
+    a, b = (Path(test[side]).name for side in ("a_run", "b_run"))
+    return (
+        f"{test['measure']} of {a} - {b}: {Interval(**test['difference'])}, "
+        f"right in one alone {test['only_a']} and {test['only_b']}, McNemar p = {test['mcnemar_p']:.3g}"
+    )
 
 
 def _draw(analyzer, folder: Path) -> list[str]:

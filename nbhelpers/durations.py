@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from nbhelpers import data, estimates, heads, models, runtime
+from nbhelpers import data, estimates, heads, instructions, models, runtime
 from nbhelpers.architecture import geometry
 from nbhelpers.experiments import PruningConfig
+from nbhelpers.fine_tuning import FineTuningConfig
 from nbhelpers.runs import Run, read_run
 from nbhelpers.stages import VALIDATION_WINDOWS, check_window
 
@@ -24,6 +25,7 @@ BACKWARD = 2  # a backward pass takes about as many operations as two forward pa
 OPERATIONS_A_LAYER = 30  # kernels that a decoder layer starts in a forward pass: what bounds a tiny model
 REACHED = 0.45  # share of a linear layer's speed that a whole model reaches; the bundled ones reach 0.4 to 0.5
 LOADING_BYTES_PER_SECOND = 5e8  # from a warm disk
+KINDS = {PruningConfig: "pruning", FineTuningConfig: "fine_tuning"}  # config class -> kind of its runs
 
 
 @dataclass(frozen=True)
@@ -59,37 +61,77 @@ def _seconds(call, device: str, repeats: int = 20, tries: int = 4) -> float:
     return best
 
 
-def pruning_phases(config: PruningConfig) -> dict[str, float]:
-    """Seconds of each phase of a pruning run, in order: a start to plan from, at the speed measured on this device.
+class _Pace:
+    """Seconds of the parts that every run on one model is made of, at the speed measured on this device.
 
     LookupError where the amount of work is not known yet: a text on the hub with evaluation_windows left open.
     """
-    device = config.device or runtime.device()
-    dtype = models.DTYPES[config.dtype] or runtime.dtype_for(device)
-    model_config = models.load_config(config.model)
-    speed = measure_speed(device, dtype, model_config.hidden_size)
-    shape, geo = estimates.shape_of(model_config), geometry(model_config)
-    window = check_window(config.window, model_config)
-    test = _windows(config, window)
 
-    def passes(windows: float, backward: bool = False) -> float:
-        operations = 2 * shape.parameters * window * windows
-        started = OPERATIONS_A_LAYER * geo.layers * max(1.0, windows / 8) * speed.kernel_seconds
-        return (operations / speed.flops_per_second / REACHED + started) * (1 + BACKWARD * backward)
+    def __init__(self, config: PruningConfig | FineTuningConfig, model: str, text: str) -> None:
+        device = config.device or runtime.device()
+        dtype = models.DTYPES[config.dtype] or runtime.dtype_for(device)
+        self.config, self.model = config, models.load_config(model)
+        self.speed = measure_speed(device, dtype, self.model.hidden_size)
+        self.parameters = estimates.shape_of(self.model).parameters
+        self.window = check_window(config.window, self.model)
+        self.test = _windows(config, text, self.window)
+        self.loading = 0.3 + self.parameters * dtype.itemsize / LOADING_BYTES_PER_SECOND
+        self.kernels = OPERATIONS_A_LAYER * self.model.num_hidden_layers * self.speed.kernel_seconds
+        self.writing = self.kernels * config.sample_tokens
+        self.measured = self.passes(self.test) + self.writing
+        self.saving = 2 * (self.loading + self.passes(self.test))
 
-    writing = OPERATIONS_A_LAYER * geo.layers * config.sample_tokens * speed.kernel_seconds
-    measured = passes(test) + writing
-    scoring = _scoring(config, passes, geo.total)
-    steps = config.steps * passes(config.batch_size, backward=True)
-    training = steps + passes(5 * VALIDATION_WINDOWS) if config.steps else 0.0
-    loading = 0.3 + shape.parameters * dtype.itemsize / LOADING_BYTES_PER_SECOND
-    phases = {"loading": loading, "baseline": measured, "scoring heads": scoring, "pruned": measured}
+    def passes(self, windows: float, backward: float = 0) -> float:
+        """Forward passes over windows. backward: the work of a backward pass as a multiple of a forward one."""
+        operations = 2 * self.parameters * self.window * windows
+        started = self.kernels * max(1.0, windows / 8)
+        return (operations / self.speed.flops_per_second / REACHED + started) * (1 + backward)
+
+
+def phases(config: PruningConfig | FineTuningConfig) -> dict[str, float]:
+    """Seconds of each phase of a run, in order, by the names that the run reports."""
+    return fine_tuning_phases(config) if isinstance(config, FineTuningConfig) else pruning_phases(config)
+
+
+def pruning_phases(config: PruningConfig) -> dict[str, float]:
+    """Seconds of each phase of a pruning run, in order: a start to plan from. LookupError as of `_Pace`."""
+    pace = _Pace(config, config.model, config.text)
+    scoring = _scoring(config, pace.passes, geometry(pace.model).total)
+    steps = config.steps * pace.passes(config.batch_size, BACKWARD)
+    training = steps + pace.passes(5 * VALIDATION_WINDOWS) if config.steps else 0.0
+    phases = {"loading": pace.loading, "baseline": pace.measured, "scoring heads": scoring, "pruned": pace.measured}
     if config.steps:
-        phases |= {"training fine_tuned": training, "fine_tuned": measured}
-    phases["saving"] = 2 * (loading + passes(test))
+        phases |= {"training fine_tuned": training, "fine_tuned": pace.measured}
+    phases["saving"] = pace.saving
     if config.steps and config.control:
-        phases |= {"training control": loading + training, "control": measured}
+        phases |= {"training control": pace.loading + training, "control": pace.measured}
     return phases
+
+
+def fine_tuning_phases(config: FineTuningConfig, done: int = 0) -> dict[str, float]:
+    """Seconds of each phase of a fine-tuning run, in order: a start to plan from. LookupError as of `_Pace`.
+
+    done: steps that a run to go on with has behind it. Adapters alone need no gradient of the other weights, so their
+    backward pass takes half of a whole one; gradient checkpointing adds a forward pass.
+    """
+    pace = _Pace(config, config.model, config.data)
+    phases = {"loading": pace.loading, "baseline": pace.measured}
+    phases |= {"training fine_tuned": _training(config, pace, config.steps - done), "fine_tuned": pace.measured}
+    phases["saving"] = pace.saving
+    if config.control is not None:
+        other = _Pace(config, config.control, config.data)
+        phases |= {
+            "training control": other.loading + _training(config, other, config.steps),
+            "control": other.measured,
+        }
+    return phases
+
+
+def _training(config: FineTuningConfig, pace: _Pace, steps: int) -> float:
+    backward = (BACKWARD if config.method == "full" else BACKWARD / 2) + config.gradient_checkpointing
+    every = config.training().eval_every
+    validation = pace.passes(VALIDATION_WINDOWS) + pace.writing * getattr(config, "samples", False)
+    return steps * pace.passes(config.batch_size, backward) + (steps // every + 1) * validation
 
 
 def _scoring(config: PruningConfig, passes, total: int) -> float:
@@ -102,26 +144,31 @@ def _scoring(config: PruningConfig, passes, total: int) -> float:
         "magnitude": 0.0,
         "entropy": 2 * passes(windows),
         "ablation": total / 2 * passes(windows),
-    }.get(config.strategy, passes(windows, backward=True))
+    }.get(config.strategy, passes(windows, BACKWARD))
     return rounds * once
 
 
-def _windows(config: PruningConfig, window: int) -> int:
-    hub = config.text != data.BUNDLED and not Path(config.text).expanduser().exists()
+def _windows(config: PruningConfig | FineTuningConfig, text: str, window: int) -> int:
+    bundled = text in (data.BUNDLED, instructions.BUNDLED)
+    hub = not bundled and not Path(text).expanduser().exists()
     if hub and config.evaluation_windows is None:
         raise LookupError("known once the text is here; set evaluation windows to know it before")
     if hub:
         return config.evaluation_windows
-    return min(_test_windows(config.model, config.text, window), config.evaluation_windows or 10**9)
+    return min(_test_windows(config.model, text, window), config.evaluation_windows or 10**9)
 
 
 @lru_cache
 def _test_windows(model: str, text: str, window: int) -> int:
-    return len(data.rows(models.load_tokenizer(model), data.load_corpus(text).test, window))
+    return len(data.rows(models.load_tokenizer(model), instructions.load_corpus(text).test, window))
 
 
-def correction(config: PruningConfig, root: str | Path, host: str) -> float | None:
-    """What the last finished run of this model on this host took / what was estimated for it; None without one."""
+def correction(config: PruningConfig | FineTuningConfig, root: str | Path, host: str) -> float | None:
+    """What the last finished run of this kind, model and method on this host took / what was estimated for it.
+
+    None without one.
+    """
+    kind = KINDS[type(config)]
     folders = sorted(Path(root).glob("*/result.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in folders[:20]:
         try:
@@ -129,14 +176,15 @@ def correction(config: PruningConfig, root: str | Path, host: str) -> float | No
         except (ValueError, OSError):
             continue
         known = run.manifest.get("environment", {}).get("host")
-        if run.kind == "pruning" and run.config.get("model") == config.model and known == host:
+        same = all(run.config.get(name) == getattr(config, name) for name in ("model", "method"))
+        if run.kind == kind and same and known == host:
             taken = taken_seconds(run)
-            return taken / sum(pruning_phases(PruningConfig(**_fields(run.config))).values()) if taken else None
+            return taken / sum(phases(type(config)(**_fields(type(config), run.config))).values()) if taken else None
     return None
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name in PruningConfig.model_fields}
+def _fields(config_class: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name in config_class.model_fields}
 
 
 def taken_seconds(run: Run) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -28,38 +28,56 @@ def command_line(command: str, config: BaseModel) -> str:
     return shlex.join(words)
 
 
-def papermill_line(notebook: str, config: BaseModel, parameters: Sequence[str], more: str = "more") -> str:
+def papermill_line(
+    notebook: str, config: BaseModel, parameters: Sequence[str], more: str = "more", preset: Iterable[str] = ()
+) -> str:
     """`papermill notebook.ipynb out.ipynb ...`: fields without a parameter of their own travel in the one named `more`.
 
-    Fields that the notebook's parameters name are all written out, so that a preset in it changes nothing.
+    Fields that the notebook's parameters name are all written out, so that a preset in it changes nothing. preset: the
+    fields that the notebook's first preset sets; one that is None here must say so, since None in a parameter of its
+    own leaves it to the preset.
     """
     values = config.model_dump()
     own = {name: values[name] for name in parameters if name in values}
     rest = {name: value for name, value in changed(config).items() if name not in own}
-    words = ["papermill", f"{notebook}.ipynb", f"{notebook}-done.ipynb", "-k", "python3"]
+    rest |= {name: values[name] for name in preset if name not in own or own[name] is None}
+    words = _papermill(notebook)
     words += [word for name, value in own.items() if value is not None for word in ("-p", name, _literal(value))]
     words += ["-y", f"{more}: {json.dumps(rest)}"] if rest else []
     return shlex.join(words)
+
+
+def _papermill(notebook: str) -> list[str]:
+    return ["papermill", f"{notebook}.ipynb", f"{notebook}-done.ipynb", "-k", "python3"]
 
 
 def _literal(value: Any) -> str:
     return str(value)  # papermill reads True and False, and numbers, as Python writes them
 
 
-def python_lines(config: BaseModel, experiment: str = "PruningExperiment") -> str:
-    """Three lines that run the same from Python."""
-    name = type(config).__name__
+def python_lines(config: BaseModel, experiment: type, run_dir: str | None = None) -> str:
+    """Three lines that run the same from Python. run_dir: of an interrupted run to go on with."""
+    name, runner = type(config).__name__, experiment.__name__
     arguments = ", ".join(f"{field}={value!r}" for field, value in changed(config).items())
+    going_on = f", run_dir={run_dir!r}, resume=True" if run_dir else ""
     return (
-        f"from nbhelpers.experiments import {name}, {experiment}\n"
-        f"config = {name}({arguments})\nresult = {experiment}.run(config)"
+        f"from {experiment.__module__} import {name}, {runner}\n"
+        f"config = {name}({arguments})\nresult = {runner}.run(config{going_on})"
     )
 
 
-def all_lines(command: str, notebook: str, config: BaseModel, parameters: Sequence[str]) -> Mapping[str, str]:
-    """{"command line": ..., "papermill": ..., "Python": ...} for the panel."""
-    return {
-        "command line": command_line(command, config),
-        "papermill": papermill_line(notebook, config, parameters),
-        "Python": python_lines(config),
-    }
+def all_lines(
+    command: str,
+    notebook: str,
+    config: BaseModel,
+    parameters: Sequence[str],
+    experiment: type,
+    preset: Iterable[str] = (),
+    run_dir: str | None = None,
+) -> Mapping[str, str]:
+    """{"command line": ..., "papermill": ..., "Python": ...} for the panel. run_dir: of a run to go on with."""
+    line, mill = command_line(command, config), papermill_line(notebook, config, parameters, preset=preset)
+    if run_dir:
+        line += f" --out {shlex.quote(run_dir)} --resume"
+        mill = shlex.join([*_papermill(notebook), "-p", "resume", run_dir])
+    return {"command line": line, "papermill": mill, "Python": python_lines(config, experiment, run_dir)}

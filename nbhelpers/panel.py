@@ -6,6 +6,7 @@ raised is shown in the panel: a callback's own output is shown nowhere.
 
 from __future__ import annotations
 
+import atexit
 import base64
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import ipywidgets
 from jinja2 import Environment
@@ -58,6 +60,7 @@ LINK = _templates.from_string(
     '<span class="nbh-note">({{ "%.1f"|format(megabytes) }} MB)</span>'
 )
 NOTE = _templates.from_string('<span class="nbh-note">{{ text }}</span>')
+_estimators: WeakSet[threading.Timer] = WeakSet()
 LINK_BYTES = 20 * 2**20  # a larger archive is named, not put into the page
 
 
@@ -108,6 +111,10 @@ class Panel:
     def carry_out(self, config: BaseModel, progress: Callable[[dict], None], should_stop: Callable[[], bool]) -> dict:
         """The run itself; returns its result. Each subclass has its own."""
         raise NotImplementedError
+
+    def config(self) -> BaseModel:
+        """What Run runs: what the form says."""
+        return self.form.config()
 
     def phases(self, config: BaseModel) -> dict[str, float]:
         """Seconds of each phase, in order; a phase has the name that progress reports as its stage."""
@@ -179,7 +186,7 @@ class Panel:
             [self.run_button, self.stop_button, self.estimate],
             layout=layout(flex_flow="row wrap", align_items="center"),
         )
-        left = ipywidgets.VBox([self.form.box, *self.below_form()], layout=layout(flex="1 1 300px"))
+        left = ipywidgets.VBox([*self.above_form(), self.form.box, *self.below_form()], layout=layout(flex="1 1 300px"))
         left.add_class("nbh-left")
         right = ipywidgets.VBox(
             [
@@ -195,6 +202,9 @@ class Panel:
         self.run_button.on_click(self._run_clicked)
         self.stop_button.on_click(self._stop_clicked)
         self.download_button.on_click(self._download_clicked)
+
+    def above_form(self) -> list:
+        return []
 
     def below_form(self) -> list:
         return []
@@ -224,7 +234,7 @@ class Panel:
 
         What cells, papermill and tests call: the same work as the button. A kernel interrupt is Stop.
         """
-        config = self.form.config()
+        config = self.config()
         self._take_turn()
         self._work(config)
         if self._failure is not None:
@@ -235,7 +245,7 @@ class Panel:
     def _run_clicked(self, _button: Any = None) -> None:
         if self.busy:
             return  # a second click while running
-        config = self.form.config()
+        config = self.config()
         if not self.before_run():
             return
         self._take_turn()
@@ -444,13 +454,14 @@ class Panel:
         if self.live and not self.form.refusals():
             self._estimator = threading.Timer(ESTIMATE_AFTER_SECONDS, self._show_estimate)
             self._estimator.daemon = True
+            _estimators.add(self._estimator)
             self._estimator.start()
 
     def _show_estimate(self) -> None:
         if self.busy:
             return
         try:
-            text = self.estimated(self.form.config())
+            text = self.estimated(self.config())
         except Exception as error:  # noqa: BLE001 - an estimate that cannot be had is said, and stops nothing
             text = f"how long it takes is not known: {one_line(error)}"
         self.estimate.value = NOTE.render(text=text)
@@ -473,6 +484,14 @@ class Panel:
     def archive(self) -> Path:
         """The last run as one zip in its folder: record, artefacts and model."""
         return earlier.archive_run(self.result["run_dir"])
+
+
+@atexit.register
+def _end_estimators() -> None:
+    """An estimate at work when the interpreter goes away would take it down: torch does not end in mid-call."""
+    for estimator in list(_estimators):
+        estimator.cancel()
+        estimator.join(10)
 
 
 def offer_download(path: Path) -> str:

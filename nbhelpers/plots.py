@@ -7,15 +7,23 @@ import math
 from collections.abc import Mapping, Sequence
 from threading import Lock
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from nbhelpers.stats import digits
 
 # Okabe-Ito: told apart by colour-blind readers and in grey
 COLORS = {"baseline": "#555555", "pruned": "#D55E00", "fine_tuned": "#0072B2", "control": "#009E73"}
 LABELS = {"baseline": "baseline", "pruned": "pruned", "fine_tuned": "fine-tuned", "control": "control (unpruned)"}
+METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA (4-bit)"}
 DRAWING = Lock()  # figures may be drawn in threads
+LOG_FROM = 30  # where the largest value is this many times the smallest, an axis of perplexities is logarithmic
+
+
+def label(stage: str, result: Mapping) -> str:
+    """What a stage is called beside its colour; a control of fine-tuning need not be an unpruned model."""
+    return "control" if stage == "control" and "strategy" not in result else LABELS[stage]
 
 
 def png(figure: Figure, dots_per_inch: int = 120) -> bytes:
@@ -28,7 +36,7 @@ def png(figure: Figure, dots_per_inch: int = 120) -> bytes:
 def svg(figure: Figure) -> str:
     """Vector form, the same bytes for the same figure."""
     buffer = io.StringIO()
-    with DRAWING:
+    with DRAWING, rc_context({"svg.hashsalt": "nbhelpers"}):  # else the names of its parts are random
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
@@ -47,18 +55,31 @@ def _plain(axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _plain_log(axes) -> None:
+    """A logarithmic axis with 1, 2, 5, 10, ... written out."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def stages(result: Mapping) -> Figure:
     """Perplexity at each stage as bars, the value above each. Lower is better."""
     names = [name for name in COLORS if result.get(name)]
     values = [result[name]["perplexity"] for name in names]
     figure = _figure(8.4, 2.9, result["text"]["generated"])
     axes = figure.add_subplot()
-    bars = axes.bar([LABELS[name] for name in names], values, color=[COLORS[name] for name in names], width=0.5)
+    bars = axes.bar([label(name, result) for name in names], values, color=[COLORS[name] for name in names], width=0.5)
     axes.bar_label(bars, labels=[digits(value) for value in values], padding=2)
     axes.set_ylabel("test perplexity (lower is better)")
-    axes.set_ylim(0, max(values) * 1.15)
+    if max(values) > LOG_FROM * min(values):
+        _plain_log(axes)
+        axes.set_ylim(1, max(values) ** 1.12)  # no perplexity is below 1
+    else:
+        axes.set_ylim(0, max(values) * 1.15)
     axes.set_xlim(-0.6, max(len(names), 4) - 0.4)  # a bar keeps its place and width while others come
-    axes.set_title(f"{_short(result['model'])}: {result['strategy']}, level {result['level']:g}", fontsize=11)
+    how = f"{result['strategy']}, level {result['level']:g}" if "strategy" in result else METHODS[result["method"]]
+    axes.set_title(f"{_short(result['model'])}: {how}", fontsize=11)
     _plain(axes)
     return figure
 

@@ -13,6 +13,7 @@ from nbhelpers import plots
 from nbhelpers.records import write_atomic
 from nbhelpers.runs import Run
 
+STAGED = ("pruning", "fine_tuning")  # kinds of runs whose result holds stages
 LARGE_MODEL = 50 * 2**20  # model files above this stay out of the archive, which says so
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # the same archive for the same files
 
@@ -32,7 +33,9 @@ ul { padding-left: 1.1rem } li { margin: .15rem 0 } code { font-size: .85rem; ov
 {% if run.figure %}<img alt="{{ run.headline }}" src="data:image/png;base64,{{ run.figure }}">{% endif %}
 <ul>{% for fact in run.facts %}<li{% if not fact.ok %} class="failed"{% endif %}>
 {{ "holds" if fact.ok else "FAILED" }}: {{ fact.says }} <span class="note">({{ fact.saw }})</span></li>{% endfor %}</ul>
-<p class="note"><code>{{ run.folder }}</code></p>{% endfor %}</section>{% endfor %}
+<p class="note"><code>{{ run.folder }}</code></p>{% endfor %}
+{% if not entry.runs and not entry.error %}<p class="note">It made no run of its own; what it shows is in
+<a href="notebooks/{{ entry.name }}.ipynb">{{ entry.name }}.ipynb</a>.</p>{% endif %}</section>{% endfor %}
 </body></html>
 """
 
@@ -48,7 +51,7 @@ def index_page(entries: Sequence[dict], path: str | Path) -> Path:
 def _run_entry(run: Run) -> dict:
     if run.result is None:
         return {"headline": f"{run.name}: {run.status}", "facts": [], "folder": run.folder.name, "figure": None}
-    figure = plots.png(plots.stages(run.result)) if run.kind == "pruning" else None
+    figure = plots.png(plots.stages(run.result)) if run.kind in STAGED else None
     return {
         "headline": headline(run),
         "generated": run.result["text"]["generated"],

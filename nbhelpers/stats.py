@@ -92,6 +92,29 @@ def paired_bootstrap_difference(
     return _resampled((left, right), lambda x, y: float(statistic(x)) - float(statistic(y)), seed, n, confidence, over)
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Sample standard deviation (n - 1 below) / sqrt(n), as lm-evaluation-harness reports it; None for one value."""
+    numbers = _finite(values)
+    if len(numbers) == 1:
+        return None
+    centre = mean(numbers)
+    return math.sqrt(math.fsum((value - centre) ** 2 for value in numbers) / (len(numbers) - 1) / len(numbers))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p-value (McNemar 1947) that neither of two models is better on the documents where they differ.
+
+    only_a: documents that only the first got right; only_b: that only the second did. Twice the smaller tail of a
+    binomial with probability 1/2, at most 1; 1 where they never differ.
+    """
+    for name, count in {"only_a": only_a, "only_b": only_b}.items():
+        if count < 0:
+            raise ValueError(f"{name} must be at least 0, got {count}")
+    total, smaller = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(total, k) for k in range(smaller + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
 def _resampled(
     arrays: tuple, estimate: Callable[..., float], seed: int, n: int, confidence: float, over: str
 ) -> Interval:

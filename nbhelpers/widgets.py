@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from nbhelpers.errors import refusal
 
+NONE = "none"  # the entry of an open choice that may be left out
 OTHER = "other ..."  # the entry of an open choice under which one's own text is written
 MOST = 2**53 - 1  # what a number field without an upper bound takes: the largest whole number a browser keeps
 SLIDER_STEPS = 1000  # whole numbers with more values than this get a field to type in
@@ -127,7 +128,7 @@ def make_control(
     label = name.replace("_", " ")
     literals = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
     if is_open and choices:
-        return _open_choice(name, info, value, choices)
+        return _open_choice(name, info, value, choices, optional)
     if literals or choices:
         widget = ipywidgets.Dropdown(options=list(literals or choices or ()), value=value, description=label)
     elif optional:
@@ -148,6 +149,7 @@ def make_control(
         return _control(name, info, widget, lambda: round(widget.value, 6), lambda new: _put(widget, new))
     else:
         widget = ipywidgets.Text(value=str(value), description=label, continuous_update=False)
+        return _control(name, info, widget, lambda: widget.value, lambda new: _put_text(widget, new))
     return _control(name, info, widget, lambda: widget.value, lambda new: _put(widget, new))
 
 
@@ -206,8 +208,11 @@ def _control(
     return control
 
 
-def _open_choice(name: str, info: FieldInfo, value: str, choices: Sequence[str]) -> Control:
-    """A dropdown whose last entry opens a text field for a value of one's own."""
+def _open_choice(
+    name: str, info: FieldInfo, value: str | None, choices: Sequence[str], optional: bool = False
+) -> Control:
+    """A dropdown whose last entry opens a text field for a value of one's own; optional: its first one is None."""
+    choices = [*([NONE] if optional else []), *choices]
     own = ipywidgets.Text(continuous_update=False, placeholder=info.description or "", layout=ipywidgets.Layout())
     own.layout.width = "100%"
     own.add_class("nbh-own")
@@ -216,15 +221,18 @@ def _open_choice(name: str, info: FieldInfo, value: str, choices: Sequence[str])
     def show(_change: Any = None) -> None:
         own.layout.display = "flex" if dropdown.value == OTHER else "none"
 
-    def put(new: str) -> None:
+    def read() -> str | None:
+        chosen = own.value.strip() if dropdown.value == OTHER else dropdown.value
+        return None if optional and chosen == NONE else chosen
+
+    def put(new: str | None) -> None:
+        new = NONE if new is None else new
         known = new in choices
         own.value = "" if known else new
         dropdown.value = new if known else OTHER
 
     dropdown.observe(show, "value")
-    control = _control(
-        name, info, dropdown, lambda: own.value.strip() if dropdown.value == OTHER else dropdown.value, put, [own]
-    )
+    control = _control(name, info, dropdown, read, put, [own])
     put(value)
     show()
     return control

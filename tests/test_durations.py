@@ -11,6 +11,7 @@ import torch
 from nbhelpers import durations
 from nbhelpers.durations import Speed, Timetable
 from nbhelpers.experiments import PruningConfig
+from nbhelpers.fine_tuning import FineTuningConfig
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
 
 
@@ -62,6 +63,46 @@ def test_scoring_costs_what_the_strategy_does(one_flop, changes, factor):
     assert durations.pruning_phases(CONFIG.model_copy(update=changes))["scoring heads"] == pytest.approx(once * factor)
 
 
+TUNING = FineTuningConfig(
+    model="tiny-gpt2", window=5, evaluation_windows=2, steps=4, batch_size=2, validations=2, samples=False
+)
+
+
+def test_fine_tuning_takes_its_steps_and_its_validations(one_flop):
+    found = durations.fine_tuning_phases(TUNING)
+    assert list(found) == ["loading", "baseline", "training fine_tuned", "fine_tuned", "saving"]
+    step, validation = 3 * 2 * 10 * 5 * 2, 2 * 10 * 5 * 32
+    assert found["training fine_tuned"] == 4 * step + 3 * validation  # at the steps 0, 2 and 4
+    assert found["baseline"] == found["fine_tuned"] == 2 * 10 * 5 * 2
+
+
+@pytest.mark.parametrize(
+    "changes, factor",
+    [({"method": "lora"}, 2 / 3), ({"method": "qlora"}, 2 / 3), ({"gradient_checkpointing": True}, 4 / 3)],
+)
+def test_a_step_costs_what_the_method_does(one_flop, changes, factor):
+    step, validations = 3 * 2 * 10 * 5 * 2, 3 * 2 * 10 * 5 * 32
+    found = durations.fine_tuning_phases(TUNING.model_copy(update=changes))["training fine_tuned"]
+    assert found - validations == pytest.approx(4 * step * factor)
+
+
+def test_steps_that_are_done_are_left_out_and_a_control_has_phases_of_its_own(one_flop):
+    left = durations.fine_tuning_phases(TUNING, done=2)["training fine_tuned"]
+    assert left == 2 * 3 * 2 * 10 * 5 * 2 + 2 * 2 * 10 * 5 * 32
+    both = durations.phases(TUNING.model_copy(update={"control": "tiny-opt"}))
+    assert list(both)[-2:] == ["training control", "control"]
+    assert both["training control"] == pytest.approx(both["training fine_tuned"] + both["loading"])
+
+
+def test_a_run_of_another_kind_or_method_corrects_nothing(one_flop, tmp_path):
+    total = sum(durations.phases(TUNING).values())
+    record(tmp_path, "tiny-gpt2", 1.0, "here")
+    assert durations.correction(TUNING, tmp_path, "here") is None
+    record(tmp_path, "tiny-gpt2", total * 2, "here", TUNING, "fine_tuning")
+    assert durations.correction(TUNING, tmp_path, "here") == pytest.approx(2)
+    assert durations.correction(TUNING.model_copy(update={"method": "lora"}), tmp_path, "here") is None
+
+
 def test_an_open_amount_of_text_on_the_hub_has_no_estimate():
     open_config = CONFIG.model_copy(update={"text": "wikitext-2", "evaluation_windows": None})
     with pytest.raises(LookupError, match="known once the text is here"):
@@ -74,10 +115,10 @@ def test_a_faster_device_is_measured_as_faster_than_none():
     assert speed.flops_per_second > 1e6 and 0 < speed.kernel_seconds < 0.1
 
 
-def record(root, model: str, seconds: float, host: str) -> None:
-    config = CONFIG.model_copy(update={"model": model})
+def record(root, model: str, seconds: float, host: str, config=CONFIG, kind: str = "pruning") -> None:
+    config = config.model_copy(update={"model": model})
     with ExperimentTracker(
-        ExperimentConfig(kind="pruning", **config.model_dump()), root, environment={"host": host}
+        ExperimentConfig(kind=kind, **config.model_dump()), root, environment={"host": host}
     ) as tracker:
         tracker.finish({})
     line = {"utc": "", "attempt": 1, "wallclock_time": seconds, "kind": "stage"}

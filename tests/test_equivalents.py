@@ -33,9 +33,24 @@ def test_the_papermill_line_writes_the_notebooks_parameters_out_and_puts_the_res
     assert words[11:] == ["-y", 'more: {"batch_size": 4}']
 
 
+def test_what_the_notebooks_preset_sets_is_written_out_also_where_it_is_none_or_a_default():
+    line = equivalents.papermill_line("02", Settings(), ["level", "prompt"], preset=["prompt", "batch_size", "level"])
+    words = shlex.split(line)
+    assert words[5:] == ["-p", "level", "0.3", "-y", 'more: {"prompt": null, "batch_size": 8}']
+
+
+def test_a_run_to_go_on_with_is_named_in_every_line():
+    experiment = type("Experiment", (), {"__module__": "somewhere"})
+    lines = equivalents.all_lines("tune", "02", Settings(), ["level"], experiment, run_dir="my runs/a")
+    assert lines["command line"] == "nbhelpers tune --out 'my runs/a' --resume"
+    assert lines["papermill"] == "papermill 02.ipynb 02-done.ipynb -k python3 -p resume 'my runs/a'"
+    assert lines["Python"].endswith("Experiment.run(config, run_dir='my runs/a', resume=True)")
+
+
 def test_the_python_lines_are_three():
-    assert equivalents.python_lines(Settings(prompt="a'b"), "Experiment").splitlines() == [
-        "from nbhelpers.experiments import Settings, Experiment",
+    experiment = type("Experiment", (), {"__module__": "somewhere"})
+    assert equivalents.python_lines(Settings(prompt="a'b"), experiment).splitlines() == [
+        "from somewhere import Settings, Experiment",
         'config = Settings(prompt="a\'b")',
         "result = Experiment.run(config)",
     ]

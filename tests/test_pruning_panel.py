@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbhelpers import data, durations, experiments, models, pruning_panel, runtime
+from nbhelpers import data, durations, experiments, head_map, models, pruning_panel, runtime
 from nbhelpers.experiments import PruningConfig, from_preset
 from nbhelpers.pruning_panel import PruningPanel
 from nbhelpers.runs import read_run
@@ -82,25 +82,10 @@ def test_a_click_on_a_head_measures_exactly_that_selection(finished):
 
 
 def test_an_error_while_heads_are_tried_stands_where_the_number_would(finished, monkeypatch):
-    monkeypatch.setattr(pruning_panel.Tryout, "measure", lambda *_a: 1 / 0)
+    monkeypatch.setattr(head_map.Tryout, "measure", lambda *_a: 1 / 0)
     finished.heads._clicked(set())
     finished.heads._worker.join(60)
     assert "not measured: division by zero" in finished.heads.tried.value
-
-
-def test_darker_is_more_important():
-    assert pruning_panel.shade(0) == "#e8f0f7" and pruning_panel.shade(1) == "#00548c"
-    assert pruning_panel.shade(-1) == pruning_panel.shade(0) and pruning_panel.shade(2) == pruning_panel.shade(1)
-
-
-def test_a_model_with_many_heads_shows_a_few_layers_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(pruning_panel, "MOST_BUTTONS", 12)
-    made = PruningPanel(root=tmp_path)
-    made.heads.show_scores([[0.1] * 6 for _ in range(5)], [[4, 0]])
-    assert list(made.heads.layers.options) == [("0 to 1", 0), ("2 to 3", 2), ("4 to 4", 4)]
-    assert set(made.heads.buttons) == {(layer, head) for layer in (0, 1) for head in range(6)}
-    made.heads.layers.value = 4
-    assert made.heads.buttons[4, 0].description == "✕" and len(made.heads.buttons) == 6
 
 
 @pytest.mark.parametrize("values", [{}, {"level": 0.45, "steps": 0, "sample_prompt": "it's <b>"}, {"preset": "gpu"}])
