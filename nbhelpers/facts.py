@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nbhelpers import adapters, attention, compact, data, evaluate, heads, memory, models
+from nbhelpers import adapters, attention, compact, data, evaluate, heads, memory, models, scoring
 from nbhelpers.architecture import geometry
 from nbhelpers.attention import Head
 
@@ -305,6 +305,28 @@ def loss_is_the_models_own(check: dict[str, float], packing: str) -> Fact:
         "rows that share a sequence do not see each other: the trained loss is that of each row alone",
         f"relative difference {difference:.1e} over {check['rows']:.0f} rows, packing {packing.split(':')[0]}",
         {**check, "relative_difference": difference},
+    )
+
+
+@torch.inference_mode()
+def choices_score_as_alone(model: nn.Module, questions: Sequence[scoring.Question]) -> Fact:
+    """A few questions: log-likelihoods of choices that share their context beside those of rows of their own, taken
+    from the model's logits."""
+    shared = dict(scoring.loglikelihoods(model, questions))
+    limit, device, apart = scoring.longest_text(model), next(model.parameters()).device, 0.0
+    for number, asked in enumerate(questions):
+        for at, choice in enumerate(asked.choices):
+            ids = torch.tensor([(asked.context + choice)[-(limit + 1) :][:-1]], device=device)
+            logs = model(input_ids=ids, use_cache=False).logits[0, -len(choice) :].float().log_softmax(-1)
+            own = sum(logs[place, token].item() for place, token in enumerate(choice))
+            apart = max(apart, abs(shared[number][at] - own))
+    allowed = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.5
+    return Fact(
+        "choices_score_as_alone",
+        apart <= allowed,
+        "choices that share their context are as likely as each in a row of its own",
+        f"largest difference {apart:.1e} nats over {sum(len(asked.choices) for asked in questions)} choices",
+        {"difference": apart, "allowed": allowed},
     )
 
 

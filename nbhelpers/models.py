@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -364,6 +364,30 @@ def fingerprint(model: nn.Module) -> str:
     closed = attention.closed_heads(model) if is_supported(model) else []
     digest.update(repr(closed).encode())
     return digest.hexdigest()
+
+
+def files_fingerprint(name: str) -> dict[str, str] | None:
+    """sha256 of every file that decides what a model here is (its adapters' base included), no weights loaded; None for
+    a hub id, whose revision is known once it is loaded."""
+    source, location = locate(name)
+    if source == "hub":
+        return None
+    below = adapters.base_of(location)
+    found = {} if below is None else files_fingerprint(below["model"])
+    if found is None:
+        return None
+    files = sorted(path for path in Path(location).iterdir() if path.suffix in (".json", ".safetensors", ".txt"))
+    return {f"below/{key}": value for key, value in found.items()} | {f.name: _sha256(f) for f in files}
+
+
+def _sha256(path: Path) -> str:
+    found = path.stat()
+    return _sha256_of(str(path), found.st_size, found.st_mtime_ns)
+
+
+@lru_cache
+def _sha256_of(path: str, size: int, changed: int) -> str:
+    return records.sha256_file(path)
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
