@@ -105,13 +105,18 @@ class ExperimentAnalyzer:
         for field in config:
             if field not in known and self.experiments:
                 raise LookupError(unknown("config field", field, known))
-        kept = ExperimentAnalyzer.__new__(ExperimentAnalyzer)
-        kept._collection, kept._loaded, kept._keep = self._collection, self._loaded, list(self._keep)
+        kept = self.where(lambda run: True)
         for key, wanted in (("kind", kind), ("status", status), ("name", name)):
             if wanted is not None:
                 kept._keep.append(lambda run, key=key, wanted=wanted: _fits(getattr(run, key), wanted))
         for field, wanted in config.items():
             kept._keep.append(lambda run, key=field, wanted=wanted: _fits(flat(run.config).get(key, ABSENT), wanted))
+        return kept
+
+    def where(self, keep: Callable[[Experiment], bool]) -> ExperimentAnalyzer:
+        """The runs for which `keep(run)` is true."""
+        kept = ExperimentAnalyzer.__new__(ExperimentAnalyzer)
+        kept._collection, kept._loaded, kept._keep = self._collection, self._loaded, [*self._keep, keep]
         return kept
 
     def experiment(self, name: str) -> Experiment:

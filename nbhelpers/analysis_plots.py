@@ -13,7 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from nbhelpers.analysis import NOT_DECIDING, ExperimentAnalyzer, Trajectory, varying
+from nbhelpers.analysis import (
+    NOT_DECIDING,
+    ExperimentAnalyzer,
+    SeedGroup,
+    Trajectory,
+    lower_is_better_by_name,
+    varying,
+)
 from nbhelpers.collection import Experiment, flat
 from nbhelpers.plots import COLORS, LABELS, _figure, _plain, _short
 from nbhelpers.stats import Interval, digits, mean_interval
@@ -97,11 +104,14 @@ def recovery(runs: Sequence[Experiment]) -> Figure:
     right.annotate("baseline", (0.01, 0), xycoords=("axes fraction", "data"), xytext=(0, 2), **_SMALL)
     _control_line(right, _mean_of(runs, lambda run: _improvement(run, "control")))
     right.set_ylabel("improvement over baseline (%)")
-    for axes in (left, right):
+    for axes, mark in ((left, 100), (right, 0)):
+        means = [y for bars in axes.containers for y in bars.lines[0].get_ydata()]
+        segments = [part for bars in axes.containers for lines in bars.lines[2] for part in lines.get_segments()]
+        _room_for_values(axes, [*means, mark], [y for part in segments for _, y in part])
         axes.set_xlabel("level (% of heads closed)")
         _plain(axes)
     handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, ncols=5, fontsize=9, **_below(runs))
     figure.suptitle(f"{_model(runs)}: what fine-tuning brings back{_seeds_said(runs)}", fontsize=11)
     return figure
 
@@ -261,7 +271,7 @@ def _curve_legend(figure: Figure, curves: Sequence[Trajectory], looks: Mapping, 
         name = short if many else names[curve.run_id, curve.stage]
         handles.setdefault(name, Line2D([], [], label=name, linewidth=1.8, **look | {"alpha": 1}))
     some = list(handles.values())[: 2 * MOST_NAMED]
-    figure.legend(handles=some, loc="outside lower center", ncols=6 if many else 3, frameon=False, fontsize=8.5)
+    figure.legend(handles=some, ncols=6 if many else 3, fontsize=8.5, **_below(curves))
 
 
 def _rank(strategy: object) -> int:
@@ -299,9 +309,170 @@ def _validation(runs: ExperimentAnalyzer) -> list[Trajectory]:
     )
 
 
+def holds(figure: Figure) -> str:
+    """What a figure of many runs shows, as a line that can be compared: of each axes its points and their range.
+
+    Intervals, the control and lines that only divide are no points.
+    """
+    parts = []
+    for axes in figure.axes:
+        drawn = [line for line in axes.lines if line.get_transform() == axes.transData]
+        drawn = [line for line in drawn if line.get_marker() not in ("_", "|") and not _divides(line)]
+        values = [y for line in drawn for y in line.get_ydata()]
+        values += [value for image in axes.images for value in image.get_array().ravel() if math.isfinite(value)]
+        if values:
+            name = axes.get_ylabel().partition(" (")[0] or "cells"
+            parts.append(f"{name}: {len(values)} points from {min(values):.3g} to {max(values):.3g}")
+    return "; ".join(parts)
+
+
+def _divides(line: Line2D) -> bool:
+    return line.get_linestyle() == "--" and line.get_color() == COLORS["baseline"]
+
+
+# --- any runs -------------------------------------------------------------------------------------------------------
+
+
+def by_setting(
+    groups: Sequence[SeedGroup],
+    group_by: str | None = None,
+    color_by: str | None = None,
+    generated: bool = False,
+    title: str = "",
+) -> Figure:
+    """One metric of runs of any kind: a mean with its interval for each setting, and a small point for each seed.
+
+    groups: of `ExperimentAnalyzer.seed_groups`. group_by: the setting along x; color_by: the one that has the colours.
+    ValueError where there is no group.
+    """
+    if not groups:
+        raise ValueError("no finished run has this metric: choose another metric or wait for a run to finish")
+    metric = groups[0].metric
+    figure = _figure(8.4, 3.7, generated)
+    axes = figure.add_subplot()
+    places = _places([group.config.get(group_by) for group in groups])
+    series = _setting_series(groups, group_by, color_by)
+    numeric = all(isinstance(place, int | float) and not isinstance(place, bool) for place in places)
+    several = [group for group in groups if group.interval.low is not None]
+    for at, ((color, style, label), members) in enumerate(series):
+        aside = 0.0 if len(series) == 1 else 0.44 * (at / (len(series) - 1) - 0.5)
+        members = sorted(members, key=lambda group: places.index(group.config.get(group_by)))
+        xs = [places.index(group.config.get(group_by)) + aside for group in members]
+        means = [group.interval.mean for group in members]
+        halves = [0.0 if g.interval.high is None else g.interval.high - g.interval.mean for g in members]
+        look = {"color": color, "marker": _MARKS.get(label.split(",")[0], "o"), "markersize": 6, "linewidth": 1.2}
+        line = style if numeric and len(members) > 1 else "none"
+        bars = halves if any(halves) else None
+        axes.errorbar(xs, means, yerr=bars, label=label, linestyle=line, elinewidth=1, capsize=2.5, **look)
+        for x, group in zip(xs, members, strict=True):
+            if len(group.values) > 1:
+                values = list(group.values.values())
+                axes.plot([x] * len(values), values, "o", color=color, markersize=2.8, alpha=0.55, zorder=4)
+    ends = [end for group in groups for end in (group.interval.low, group.interval.high) if end is not None]
+    _room_for_values(axes, [value for group in groups for value in group.values.values()], ends)
+    axes.set_xticks(range(len(places)), [_place_name(group_by, place) for place in places])
+    if max(len(_place_name(group_by, place)) for place in places) * len(places) > 70:
+        axes.tick_params(axis="x", labelrotation=25)
+    axes.set_xlim(-0.5, len(places) - 0.5)
+    axes.set_xlabel(AXIS_NAMES.get(group_by, str(group_by).replace("_", " ")) if group_by else "")
+    axes.set_ylabel(metric_name(metric))
+    said = (
+        f"mean and 95 % interval over {max(group.interval.n for group in several)} seeds"
+        if several
+        else "one seed a setting"
+    )
+    said += ", a small point a seed" if several else ""
+    axes.set_title(f"{title}: {said}" if title else said, fontsize=11)
+    if len(series) > 1:
+        axes.legend(fontsize=9 if len(series) <= MOST_NAMED else 7, **_RIGHT)
+    _plain(axes)
+    return figure
+
+
+AXIS_NAMES = {"level": "level (% of heads closed)"}
+_UNITS = {
+    "loss": "nats a token",
+    "nll": "nats a token",
+    "percent": "%",
+    "seconds": "s",
+    "bytes": "bytes",
+    "ms": "ms",
+}
+
+
+def metric_name(metric: str) -> str:
+    """A metric as an axis says it: in words, with its unit, and which way is better where its name tells.
+
+    >>> metric_name("fine_tuned/perplexity"), metric_name("control/best_val_loss")
+    ('perplexity, fine-tuned (lower is better)', 'best val loss, control (unpruned) (nats a token, lower is better)')
+    """
+    stage, _, last = metric.rpartition("/")
+    words = last.split("_")
+    unit = next((_UNITS[word] for word in words if word in _UNITS), None)
+    try:
+        better = "lower is better" if lower_is_better_by_name(metric) else "higher is better"
+    except ValueError:
+        better = None
+    said = " ".join(word for word in words if word not in ("percent", "seconds", "ms") or len(words) == 1)
+    stage = f", {LABELS.get(stage, stage.replace('_', ' '))}" if stage else ""
+    more = ", ".join(filter(None, [unit, better]))
+    return f"{said}{stage} ({more})" if more else f"{said}{stage}"
+
+
+def _places(values: Iterable[Any]) -> list[Any]:
+    """The different values in order: numbers by size, words as they come."""
+    found = list(dict.fromkeys(values))
+    numbers = [value for value in found if isinstance(value, int | float)]
+    return sorted(found) if len(numbers) == len(found) else found
+
+
+def _place_name(field: str | None, value: Any) -> str:
+    if field == "level" and isinstance(value, int | float):
+        return f"{value * 100:g}"
+    return "" if field is None else f"{value:g}" if isinstance(value, float) else _short(str(value))
+
+
+def _setting_series(
+    groups: Sequence[SeedGroup], group_by: str | None, color_by: str | None
+) -> list[tuple[tuple[str, str, str], list[SeedGroup]]]:
+    """((colour, line style, label), groups) of each setting but the one along x."""
+    members: dict[tuple[Any, str], list[SeedGroup]] = {}
+    for group in groups:
+        rest = {name: value for name, value in group.differs.items() if name not in (group_by, color_by)}
+        said = ", ".join(filter(None, (_said(name, value) for name, value in rest.items())))
+        members.setdefault((group.config.get(color_by) if color_by else None, said), []).append(group)
+    colors = {value: at for at, value in enumerate(dict.fromkeys(value for value, _ in members))}
+    palette, used, found = [*STRATEGY_COLORS.values(), *_OTHERS], {}, []
+    for value, said in sorted(members, key=lambda key: (_rank(key[0]), colors[key[0]])):
+        color = strategy_color(value) if color_by == "strategy" else palette[(colors[value] + 4) % len(palette)]
+        style = _STYLES[used.setdefault(value, 0) % len(_STYLES)]
+        used[value] += 1
+        name = "" if color_by is None else str(value) if color_by in ("strategy", "model") else _said(color_by, value)
+        found.append(((color, style, ", ".join(filter(None, [_short(name), said])) or "all"), members[value, said]))
+    return found
+
+
+def _room_for_values(axes, values: Sequence[float], ends: Sequence[float]) -> None:
+    """Where intervals are many times as wide as the values differ, the values decide the range and bars are cut off."""
+    low, high = min(values), max(values)
+    span = (high - low) or abs(high) or 1.0
+    if ends and max(ends) - min(ends) > 4 * span:
+        bottom = low - 1.2 * span
+        axes.set_ylim(max(bottom, 0) if low > 0 else bottom, high + 1.2 * span)
+        axes.annotate("bars are cut off", (0.99, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=8)
+
+
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 _RIGHT = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
+
+
+def _below(drawn: Sequence[Experiment] | Sequence[Trajectory]) -> dict[str, Any]:
+    """Where a legend below the axes goes: above the stamp, where there is one."""
+    pad = 1.4 if any(one.generated for one in drawn) else 0.4  # of the font's size; the layout leaves room for it
+    return {"loc": "outside lower center", "borderpad": pad, "frameon": False}
+
+
 _QUADRANTS = (
     (5, 0.99, "left", "top", "both hurt"),
     (5, 0.01, "left", "bottom", "pruning hurt,\nfine-tuning helped"),

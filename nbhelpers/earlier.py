@@ -110,10 +110,7 @@ def unpack(archive: str | os.PathLike, root: str | os.PathLike) -> list[Path]:
     archive, root = Path(archive), Path(root)
     try:
         with zipfile.ZipFile(archive) as bundle:
-            entries = [entry for entry in bundle.infolist() if not entry.is_dir()]
-            for entry in entries:
-                _check_entry(entry)
-            _check_size(entries, root)
+            entries = checked_entries(bundle, root)
             new = []
             for prefix, name in _runs_of(bundle, entries):
                 target = root / name
@@ -125,6 +122,15 @@ def unpack(archive: str | os.PathLike, root: str | os.PathLike) -> list[Path]:
             return new
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"is no whole zip archive ({flat(error)}): upload it again") from error
+
+
+def checked_entries(bundle: zipfile.ZipFile, root: Path) -> list[zipfile.ZipInfo]:
+    """The files of an archive, all of which stay in their folder and fit into `root`; else a ValueError."""
+    entries = [entry for entry in bundle.infolist() if not entry.is_dir()]
+    for entry in entries:
+        _check_entry(entry)
+    _check_size(entries, root)
+    return entries
 
 
 def _check_entry(entry: zipfile.ZipInfo) -> None:

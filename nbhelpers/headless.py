@@ -19,6 +19,8 @@ from nbhelpers.runs import Run, read_run
 CELL_SECONDS = 3600
 RUN_TAG = "run"  # a notebook with a cell tagged so must leave a finished run
 KERNEL = "python3"
+PLACES = {"folder"}  # parameters that name a place, seen from where the command is given
+RESULT = "result.json"  # stands in the folder of a finished run
 REFRESHED = Path("results/refresh")
 
 
@@ -80,6 +82,8 @@ def run_notebooks(
     hold. LookupError for an unknown notebook or parameter, before anything is executed.
     """
     values = {name: literal(value) for name, value in parameters.items()}
+    for name in PLACES & values.keys():  # a notebook runs in its own folder
+        values[name] = os.path.abspath(values[name]) if values[name] else values[name]
     chosen = choose(names)
     for path in chosen:
         check_parameters(path, values)
@@ -112,16 +116,22 @@ def run_notebooks(
 
 def _run_one(path: Path, values: Mapping[str, object], out: Path) -> dict:
     runs = out / "runs"
-    before = {run.name for run in runs.iterdir()} if runs.is_dir() else set()
+    before = {run.name: (run / RESULT).is_file() for run in _run_folders(runs)}
     error = None
     try:
         execute(path, out / "notebooks" / path.name, values, runs)
     except NotebookFailed as failure:
         error = str(failure)
-    new = [read_run(run) for run in sorted(runs.iterdir()) if run.name not in before] if runs.is_dir() else []
+    after = {run: (run / RESULT).is_file() for run in _run_folders(runs)}  # one that was gone on with counts as well
+    new = [read_run(run) for run, done in after.items() if run.name not in before or done > before[run.name]]
     if error is None:
         error = _unfinished(path, new)
     return {"name": path.stem, "title": title(path), "error": error, "runs": new}
+
+
+def _run_folders(runs: Path) -> list[Path]:
+    """The runs that notebooks made of their own; other folders hold what they looked at, such as example runs."""
+    return [run for run in sorted(runs.iterdir()) if (run / "manifest.json").is_file()] if runs.is_dir() else []
 
 
 def _unfinished(path: Path, runs: Sequence[Run]) -> str | None:
@@ -206,6 +216,8 @@ def summary(entries: Sequence[dict], index: Path, archive: Path) -> str:
             checked = run.result["facts"] if run.result else []
             lines.append(f"  {report.headline(run)}")
             lines.append(f"  {sum(fact['ok'] for fact in checked)} of {len(checked)} checked facts hold")
+        if not entry["runs"] and not entry["error"]:
+            lines.append(f"  ran to its end and made no run of its own: see notebooks/{entry['name']}.ipynb")
     return "\n".join([*lines, "", f"index    {index}", f"archive  {archive}"])
 
 

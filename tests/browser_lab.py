@@ -30,6 +30,9 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "01_pruning.ipynb"
+FINE_TUNING = ROOT / "notebooks" / "02_fine_tuning.ipynb"
+ANALYSIS = ROOT / "notebooks" / "05_analysis.ipynb"
+PICTURED = {"": NOTEBOOK, "fine_tuning-": FINE_TUNING}  # what the names of a notebook's pictures begin with
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
     "--no-sandbox",  # root in a container
@@ -524,16 +527,18 @@ class LabPage:
 # ------------------------------------------------------------------------------------------------ pictures for README
 
 
-def take_screenshots(folder: Path, widths: tuple[int, ...] = (1280, 800)) -> list[Path]:
-    """{form,running,finished}-<width>.png of the pruning notebook's panel before, during and after its default run."""
+def take_screenshots(
+    folder: Path, widths: tuple[int, ...] = (1280, 800), notebook: Path = NOTEBOOK, prefix: str = ""
+) -> list[Path]:
+    """{prefix}{form,running,finished}-<width>.png of a notebook's panel before, during and after its default run."""
     taken = []
 
     def shoot(moment: str) -> None:
         for width in widths:
             page.set_width(width)
-            taken.append(page.screenshot(Path(folder) / f"{moment}-{width}.png", ".nbh-panel"))
+            taken.append(page.screenshot(Path(folder) / f"{prefix}{moment}-{width}.png", ".nbh-panel"))
 
-    with tempfile.TemporaryDirectory() as scratch, open_lab(Path(scratch)) as lab, lab.open(NOTEBOOK) as page:
+    with tempfile.TemporaryDirectory() as scratch, open_lab(Path(scratch)) as lab, lab.open(notebook) as page:
         page.run_above("panel.run_now")
         page.wait_status("ready")
         page.page.wait_for_timeout(3000)  # the estimate comes a moment later
@@ -547,6 +552,19 @@ def take_screenshots(folder: Path, widths: tuple[int, ...] = (1280, 800)) -> lis
     return taken
 
 
+def take_analysis_screenshots(folder: Path, widths: tuple[int, ...] = (1280, 800)) -> list[Path]:
+    """analysis-<width>.png of the analysis notebook's panel as it shows the example runs."""
+    taken = []
+    with tempfile.TemporaryDirectory() as scratch, open_lab(Path(scratch)) as lab, lab.open(ANALYSIS) as page:
+        page.run_above("notebook.draw(")
+        page.wait_status("ready")
+        page.page.wait_for_timeout(500)
+        for width in widths:
+            page.set_width(width)
+            taken.append(page.screenshot(Path(folder) / f"analysis-{width}.png", ".nbh-panel"))
+    return taken
+
+
 def _is_half_way(status: str) -> bool:
     """Whether a status such as "running: training fine tuned, 20 of 40" says so."""
     found = re.search(r"training\D*(\d+) of (\d+)", status)
@@ -556,5 +574,11 @@ def _is_half_way(status: str) -> bool:
 if __name__ == "__main__":
     if problem := missing_browser():
         sys.exit(problem)
-    for picture in take_screenshots(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")):
-        print(picture)
+    target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
+    chosen = sys.argv[2:] or [*PICTURED, "analysis-"]
+    for prefix in chosen:
+        if prefix == "analysis-":
+            print(*take_analysis_screenshots(target), sep="\n")
+            continue
+        for picture in take_screenshots(target, notebook=PICTURED[prefix], prefix=prefix):
+            print(picture)

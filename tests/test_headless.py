@@ -10,6 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from nbhelpers import headless
+from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 
 RUN = """from nbhelpers.notebook import runs_root
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
@@ -55,6 +56,23 @@ def test_command_line_values_are_read_as_python_writes_them(text, value):
     assert headless.literal(text) == value and type(headless.literal(text)) is type(value)
 
 
+GO_ON = """from nbhelpers.notebook import runs_root
+from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
+[folder] = runs_root().iterdir()
+with ExperimentTracker(ExperimentConfig(name="x", level=0.3), run_dir=folder, resume=True) as tracker:
+    tracker.finish({"verdict": "went on", "facts": [], "text": {"generated": False}})"""
+
+
+def test_a_run_that_a_notebook_went_on_with_is_the_one_that_it_left(notebooks, tmp_path):
+    config = ExperimentConfig(name="x", level=0.3)
+    with pytest.raises(Interrupted), ExperimentTracker(config, tmp_path / "results" / "runs") as tracker:
+        raise Interrupted("stopped")
+    write(notebooks, "01_on", GO_ON, tag="run")
+    found = headless.run_notebooks([], {}, tmp_path / "results")
+    assert found["all_facts_hold"] and found["notebooks"][0]["runs"] == [tracker.run_dir.name]
+    assert "went on" in found["summary"]
+
+
 def test_a_run_is_collected_with_its_facts_index_and_archive(notebooks, tmp_path):
     write(notebooks, "01_good", RUN, tag="run")
     found = headless.run_notebooks([], {"level": "0.25"}, tmp_path / "results")
@@ -80,6 +98,29 @@ def test_a_failing_cell_is_named_and_the_output_notebook_kept(notebooks, tmp_pat
 def test_a_notebook_that_should_leave_a_run_and_does_not_has_failed(notebooks, tmp_path):
     write(notebooks, "01_nothing", "x = 1", tag="run")
     assert "left no finished run" in headless.run_notebooks([], {}, tmp_path / "results")["notebooks"][0]["error"]
+
+
+def test_a_notebook_that_made_no_run_has_not_failed_and_folders_it_looked_at_are_no_runs(notebooks, tmp_path):
+    write(
+        notebooks,
+        "05_looks",
+        "from nbhelpers.notebook import runs_root\n(runs_root() / 'example-grid').mkdir(parents=True)",
+    )
+    found = headless.run_notebooks([], {}, tmp_path / "results")
+    assert found["all_facts_hold"] and found["notebooks"] == [{"name": "05_looks", "error": None, "runs": []}]
+    assert "made no run of its own: see notebooks/05_looks.ipynb" in found["summary"]
+    assert 'href="notebooks/05_looks.ipynb"' in Path(found["index"]).read_text()
+
+
+def test_a_folder_parameter_is_seen_from_where_the_command_is_given(notebooks, tmp_path):
+    path = write(notebooks, "05_looks", "assert folder is None or __import__('os').path.isdir(folder), folder")
+    notebook = nbformat.read(path, 4)
+    notebook.cells[1].source += "\nfolder: str = None  # where"
+    nbformat.write(notebook, path)
+    (tmp_path / "mine").mkdir()
+    assert headless.run_notebooks([], {"folder": "mine"}, tmp_path / "a")["all_facts_hold"]
+    assert headless.run_notebooks([], {"folder": "None"}, tmp_path / "b")["all_facts_hold"]
+    assert not headless.run_notebooks([], {"folder": "other"}, tmp_path / "c")["all_facts_hold"]
 
 
 def test_a_notebook_that_exits_quietly_has_failed(notebooks, tmp_path):
