@@ -259,16 +259,8 @@ def _plain(folder: str | Path, rows: Sequence[dict], nll: float, device: str, sh
     def load() -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
 
-    with memory.loaded(load) as model:
-        again = evaluate.perplexity(model, rows, should_stop=should_stop).nll
-        ok = abs(again - nll) <= tolerance(model) * max(1.0, abs(nll))
-    return Fact(
-        "plain_transformers_computes_the_same",
-        ok,
-        "the saved model has the same loss in plain transformers",
-        f"nll {again:.6f} against {nll:.6f}",
-        {"nll": again, "expected": nll},
-    )
+    says = "the saved model has the same loss in plain transformers"
+    return _same_loss("plain_transformers_computes_the_same", says, load, rows, nll, should_stop)
 
 
 def _peft(folder: str | Path, rows: Sequence[dict], nll: float, device: str, should_stop) -> Fact:
@@ -283,16 +275,15 @@ def _peft(folder: str | Path, rows: Sequence[dict], nll: float, device: str, sho
         with adapters.quiet_peft():
             return PeftModel.from_pretrained(base.model, str(folder)).eval()
 
+    says = "the saved adapters, put by PEFT on the model below, have the same loss"
+    return _same_loss("peft_computes_the_same", says, load, rows, nll, should_stop)
+
+
+def _same_loss(name: str, says: str, load: Callable[[], nn.Module], rows, nll: float, should_stop) -> Fact:
     with memory.loaded(load) as model:
         again = evaluate.perplexity(model, rows, should_stop=should_stop).nll
         ok = abs(again - nll) <= tolerance(model) * max(1.0, abs(nll))
-    return Fact(
-        "peft_computes_the_same",
-        ok,
-        "the saved adapters, put by PEFT on the model below, have the same loss",
-        f"nll {again:.6f} against {nll:.6f}, model below in {below['quantization'] or 'full precision'}",
-        {"nll": again, "expected": nll},
-    )
+    return Fact(name, ok, says, f"nll {again:.6f} against {nll:.6f}", {"nll": again, "expected": nll})
 
 
 def loss_is_the_models_own(check: dict[str, float], packing: str) -> Fact:
