@@ -86,6 +86,9 @@ class Folder:
             raise ValueError(
                 f"{self.path} already holds checkpoints; resume=True continues them, or name another folder"
             )
+        if resume and writes:
+            for torn in self.path.glob("partial-*"):  # of a process that was killed while it wrote
+                shutil.rmtree(torn, ignore_errors=True)
         found = newest_complete(self.path) if resume else None
         if found is not None:
             theirs = records.read_json(found / COMPLETE)["identity"]

@@ -96,28 +96,49 @@ def show_plan(found: dict[str, Any]) -> str:
 
     axes = " x ".join(f"{count} {name}" for name, count in found["axes"].items())
     lines = [f"{found['rows']} rows ({axes}) -> {found['jobs']} jobs, {found['aliases']} aliases"]
+    if search := found.get("search"):
+        where = ", ".join(search["space"])
+        lines = [
+            f"{search['trials']} trials by {search['sampler']} over {where}: {search['direction']} {search['metric']}"
+        ]
     if found["estimated_hours"] is not None:
         lines.append(f"about {in_words(3600 * found['estimated_hours'])} by an estimate at this machine's speed")
     if found["not_estimated"]:
         lines.append(f"{found['not_estimated']} jobs could not be estimated")
+    if not found["order"]:
+        return "\n".join(lines)
     return "\n".join([*lines, "first:", *(f"  {job['job']}  {job['name']}" for job in found["order"][:5])])
 
 
 def show_coverage(found: dict[str, Any]) -> str:
-    """One line: planned, done, failed by class, running, missing, aliases."""
+    """One line: planned, done, failed by class, stopped by a search, running, missing, aliases."""
     failed = ", ".join(f"{count} {name}" for name, count in found["failed_by_class"].items() if count)
     parts = [f"{found['done']} of {found['planned']} jobs done", f"{found['failed']} failed"]
     parts[1] += f" ({failed})" if failed else ""
+    parts += [f"{found['pruned']} stopped by the search"] if found["pruned"] else []
     parts += [f"{found['running']} running", f"{found['missing']} missing"]
     parts += [f"{found[name]} {name.replace('_', ' ')}" for name in ("aliases", "no_longer_planned") if found[name]]
     return ", ".join(parts) + ("; the budget is used up" if found.get("ended") == "budget" else "")
 
 
 def show_status(found: dict[str, Any]) -> str:
-    """The coverage, then a line a job that is not simply done or planned."""
+    """The coverage, the best trial of a search, then a line a job that is not simply done or planned."""
     rows = [job for job in found["jobs"] if job["status"] not in ("finished", "planned")]
     said = [f"{row['job']}  {row['status']:<11}  {row['name']}" + _why(row) for row in rows]
-    return "\n".join([show_coverage(found), *said])
+    return "\n".join([show_coverage(found), *show_best(found), *said])
+
+
+def show_best(found: dict[str, Any]) -> list[str]:
+    """Two lines of the best trial of a search so far, one where none came to its end, none of a grid."""
+    if "best" not in found:
+        return []
+    if (best := found["best"]) is None:
+        return ["best: no trial came to its end yet"]
+    values = ", ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in best["values"].items())
+    return [
+        f"best: trial {best['trial']}, {best['metric']} {best['value']:.6g} with {values}",
+        f"  in {best['run_dir']}",
+    ]
 
 
 def _why(row: dict[str, Any]) -> str:

@@ -7,6 +7,8 @@ A plan is a YAML or JSON file or a dict:
     axes: {model: [tiny-gpt2, tiny-llama], level: [0.1, 0.3]}
     seeds: [0, 1]                              # the same as an axis `seed`
     aliases: [{when: {level: 0}, ignore: [strategy]}]   # where these fields do not matter
+
+or `search` in place of axes, seeds and aliases (search.py): its jobs come one by one, each from what came out so far.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nbhelpers.errors import one_line, refusal
 from nbhelpers.records import canonical_json, plain, sha256_json
 from nbhelpers.registry import Registry, unknown
+from nbhelpers.search import Search, whole_numbers
 
 MOST_ROWS = 100_000
 ID_LETTERS = 16  # of the sha256: what is shown and what run directories are called
@@ -45,6 +48,10 @@ class JobKind:
     similar: Callable[[Mapping[str, Any]], Any] = lambda config: None  # jobs of equal key cost about the same
     estimate: Callable[[BaseModel], float | None] = lambda config: None  # seconds, where nothing was measured yet
     columns: Callable[[Mapping[str, Any]], dict[str, Any]] = dict  # a run's result -> columns of a results table
+    resumes: bool = False  # run(..., resume=True) goes on in the run directory of a try that was interrupted
+    # validation losses on the way, lower is better: of one progress report, and of a Run; None where there are none
+    heard: Callable[[Mapping[str, Any]], tuple[int, float] | None] | None = None
+    seen: Callable[[Any], list[tuple[int, float]]] = lambda run: []
 
 
 KINDS = Registry("job kind")  # name -> function without arguments that makes the JobKind: heavy imports stay inside it
@@ -69,6 +76,7 @@ class Plan(BaseModel):
     seeds: list[int] | None = None
     aliases: list[Alias] = Field(default_factory=list)
     order_seed: int = Field(0, ge=0)
+    search: Search | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -178,6 +186,9 @@ def expand(plan: Plan) -> Expansion:
     if plan.kind not in KINDS:
         raise LookupError(unknown("job kind", plan.kind, KINDS))
     kind = KINDS[plan.kind]()
+    if plan.search is not None:
+        _check_search(plan, plan.search, kind)
+        return Expansion(plan, kind, [])
     axes = plan.all_axes()
     _check_names(plan, kind, axes)
     _check_values(plan, kind, axes)
@@ -211,6 +222,26 @@ def _check_names(plan: Plan, kind: JobKind, axes: Mapping[str, list]) -> None:
         size *= len(values)
     if size > MOST_ROWS:
         raise ValueError(f"a plan holds at most {MOST_ROWS} rows, got {size}: shorten an axis")
+
+
+def _check_search(plan: Plan, search: Search, kind: JobKind) -> None:
+    """What is wrong with a search is said now: names, values, metric, and a pruner that would never hear anything."""
+    for name in ("axes", "seeds", "aliases"):
+        if getattr(plan, name):
+            raise ValueError(f"search takes the place of {name}: take one of them out")
+    _check_names(plan, kind, {name: [None] for name in search.space})
+    whole = whole_numbers(search, kind.config)
+    _check_values(plan, kind, {name: values.bounds(name in whole) for name, values in search.space.items()})
+    known = kind.columns({})
+    if known and search.metric not in known:
+        raise LookupError(unknown("metric", search.metric, known))
+    if search.pruner != "none" and kind.heard is None:
+        raise ValueError(f"pruner {search.pruner!r} hears nothing from {plan.kind!r} jobs on their way: use none")
+
+
+def trial_job(expansion: Expansion, values: Mapping[str, Any]) -> Job:
+    """The job that does a trial of a search."""
+    return _job(expansion.plan, expansion.kind, {}, values)
 
 
 def _check_values(plan: Plan, kind: JobKind, axes: Mapping[str, list]) -> None:
@@ -256,7 +287,8 @@ def _job(plan: Plan, kind: JobKind, axes: Mapping[str, list], place: Mapping[str
         raise ValueError(f"row {said}: {'; '.join(fault for _, fault in found)}")
     content = {"kind": plan.kind, "format": kind.format, "config": plain(kind.resolve(config))}
     digest = sha256_json(content | {"data": plain(kind.fingerprint(config))})
-    label = " ".join(f"{name} {value}" if not isinstance(value, str) else value for name, value in values.items())
+    short = {name: float(f"{v:.3g}") if plan.search and isinstance(v, float) else v for name, v in values.items()}
+    label = " ".join(f"{name} {value}" if not isinstance(value, str) else value for name, value in short.items())
     written = plain(config.model_dump())
     if "name" in kind.config.model_fields and not {"name"} & {*plan.base, *axes}:
         written["name"] = label or plan.name

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from nbhelpers.grid import KINDS, JobKind
-from nbhelpers.records import sha256_file
+from nbhelpers.records import sha256_known
 
 STAGES = ("baseline", "pruned", "fine_tuned", "control")
 
@@ -26,7 +25,81 @@ def pruning() -> JobKind:
         similar=lambda config: [config[name] for name in ("model", "strategy", "iterative", "steps", "control")],
         estimate=_pruning_seconds,
         columns=pruning_columns,
+        heard=_heard_validation,
+        seen=_seen_validations,
     )
+
+
+@KINDS.register("fine_tuning")
+def fine_tuning() -> JobKind:
+    """Baseline, fine-tuned, saved: fine_tuning.FineTuningExperiment. A job that was killed or stopped goes on from its
+    newest checkpoint, in the same run directory."""
+    from nbhelpers.fine_tuning import FineTuningConfig, FineTuningExperiment
+
+    return JobKind(
+        config=FineTuningConfig,
+        run=FineTuningExperiment.run,
+        resolve=_resolved_fine_tuning,
+        fingerprint=lambda config: {
+            "model": _model_files(config.model),
+            "control": config.control and _model_files(config.control),
+            "data": _text_file(config.data),
+        },
+        similar=lambda config: [config[name] for name in COSTS],
+        estimate=_fine_tuning_seconds,
+        columns=fine_tuning_columns,
+        resumes=True,
+        heard=_heard_validation,
+        seen=_seen_validations,
+    )
+
+
+# Fields of a fine-tuning that decide what it costs.
+COSTS = ("model", "data", "method", "steps", "batch_size", "window", "control", "packing", "gradient_checkpointing")
+
+
+def _resolved_fine_tuning(config) -> dict[str, Any]:
+    """The config without its name, how it is split into passes and how often it is kept, and with one value where
+    several mean the same computation."""
+    from nbhelpers.training import LEARNING_RATES
+
+    values = config.model_dump(exclude={"name", "micro_batch_size", "checkpoint_every", "validations"})
+    values["learning_rate"] = config.learning_rate or LEARNING_RATES[config.method]
+    values["eval_every"] = config.training().eval_every
+    if config.method == "full":
+        values |= dict.fromkeys(("lora_rank", "lora_alpha"))
+    return values
+
+
+def _fine_tuning_seconds(config) -> float | None:
+    from nbhelpers.durations import fine_tuning_phases
+
+    try:
+        return sum(fine_tuning_phases(config).values())
+    except (LookupError, ValueError):  # data on the hub, or what the job itself refuses with better words
+        return None
+
+
+def fine_tuning_columns(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of one fine-tuning run; None where a stage was not run."""
+    stages = ("baseline", "fine_tuned", "control")
+    found = {f"{stage}_perplexity": (result.get(stage) or {}).get("perplexity") for stage in stages}
+    names = ("improvement_percent", "all_facts_hold", "parameters", "trainable_parameters", "tokens_per_second")
+    return found | {name: result.get(name) for name in (*names, "steps", "best_step", "skipped_steps")}
+
+
+def _heard_validation(now: Mapping[str, Any]) -> tuple[int, float] | None:
+    """(step, nats a token) where a report of the training brings a validation before its last step."""
+    loss = now.get("validation_nll")
+    if now.get("stage") != "training fine_tuned" or loss is None or now["step"] >= now["steps"]:
+        return None
+    return now["step"], loss
+
+
+def _seen_validations(run) -> list[tuple[int, float]]:
+    """The same from the record of a run."""
+    found = [(row["iteration"], row.get("val_loss")) for row in run.metrics if row.get("stage") == "fine_tuned"]
+    return [(step, loss) for step, loss in found if step and loss is not None and step < run.config["steps"]]
 
 
 def _resolved_pruning(config) -> dict[str, Any]:
@@ -63,28 +136,14 @@ def pruning_columns(result: Mapping[str, Any]) -> dict[str, Any]:
 def _text_file(source: str) -> str | None:
     """sha256 of a text that is a file here; None for what its name alone decides."""
     path = Path(source).expanduser()
-    return _sha256(str(path), _mark(path)) if path.is_file() else None
+    return sha256_known(path) if path.is_file() else None
 
 
 def _model_files(name: str) -> dict[str, str] | None:
     """sha256 of the files of a model that lies here; None for a hub id, whose revision is known once it is loaded."""
-    from nbhelpers.models import locate
+    from nbhelpers.models import files_fingerprint
 
     try:
-        source, location = locate(name)
+        return files_fingerprint(name)
     except (LookupError, ValueError):  # said by the job itself, so that the other jobs of the plan go on
         return None
-    if source == "hub":
-        return None
-    files = sorted(path for path in Path(location).iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
-    return {path.name: _sha256(str(path), _mark(path)) for path in files}
-
-
-def _mark(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-@lru_cache
-def _sha256(path: str, mark: tuple[int, int]) -> str:
-    return sha256_file(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nbhelpers.analysis import ExperimentAnalyzer, SeedGroup, lower_is_better_by_name, seed_groups
 from nbhelpers.collection import Experiment, flat
-from nbhelpers.records import canonical_json, plain, read_json, write_atomic
+from nbhelpers.records import canonical_json, plain, read_json, read_lines, write_atomic
 from nbhelpers.tables import counted, shown, withheld
 
 FILE = "EXPERIMENT_LOG.md"
@@ -102,11 +102,17 @@ def _jobs(path: Path) -> list[dict[str, Any]]:
     """The jobs of a plan as dicts with an `id`; a plan that cannot be read plans nothing."""
     try:
         jobs = read_json(path)["jobs"]
+        stopped = {line.get("job") for line in read_lines(path.with_name("ledger.jsonl"))[0] if _by_search(line)}
     except (OSError, ValueError, LookupError, TypeError):
         return []
     if isinstance(jobs, dict):
-        jobs = [{"id": key, **job} for key, job in jobs.items() if isinstance(job, dict)]
+        jobs = [{"id": key, **job} for key, job in jobs.items() if isinstance(job, dict) and key not in stopped]
     return [job for job in jobs if isinstance(job, dict)] if isinstance(jobs, list) else []
+
+
+def _by_search(line: Mapping[str, Any]) -> bool:
+    """Whether a line of a sweep's ledger says that a search stopped the job for good."""
+    return line.get("event") == "ended" and line.get("status") == "pruned"
 
 
 def _did(run: Experiment, job: Mapping[str, Any]) -> bool:

@@ -1,12 +1,13 @@
 """What is done of a plan, and who is at work on what? The folder in which several processes share one grid.
 
     plan.json       the plan and its jobs, frozen; jobs that a changed plan no longer holds stay, and are named
-    runs/<job>-<n>  the n-th try of a job: an ordinary run directory
+    runs/<job>-<n>  the n-th try of a job: an ordinary run directory; a try that was interrupted goes on in it where
+                    its kind of job can resume, and is followed by a try from the start where it cannot
     ledger.jsonl    one line when a try starts and ends, and when a retry is asked for
     leases/<job>/   lock and heartbeat of the process that does this job now
 
-Status words are those of runs, and `planned`. What a run directory says counts; ledger.jsonl adds the class of a
-failure and what a try cost.
+Status words are those of runs, `planned`, and `pruned`: stopped by a search, which is final and no failure. What a run
+directory says counts; ledger.jsonl adds the class of a failure and what a try cost.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from nbhelpers.records import append_line, check_output_folder, plain, read_json
 from nbhelpers.registry import unknown
 from nbhelpers.runlock import RunLock, is_alive, read_owner, this_process
 from nbhelpers.runs import read_run
+from nbhelpers.search import Pruned, same_search
 
 FORMAT = 1
 BEAT_SECONDS = 10.0
 FAILURES = ("out of memory", "diverged", "bad input", "error")
 FINAL = ("finished", "failed", "diverged")  # failed and diverged until a retry is asked for
-STATUSES = ("planned", "running", "finished", "failed", "diverged", "interrupted")
+STATUSES = ("planned", "running", "finished", "failed", "diverged", "interrupted", "pruned")
 _log = logging.getLogger(__name__)
 
 
@@ -55,7 +57,9 @@ class Ledger:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        record = _read_plan(self.folder)
+        self._take(_read_plan(self.folder))
+
+    def _take(self, record: dict[str, Any]) -> None:
         self.plan: dict[str, Any] = record["plan"]
         self.rows = [Row(**row) for row in record["rows"]]
         jobs = {key: Job(**job) for key, job in record["jobs"].items()}
@@ -65,7 +69,10 @@ class Ledger:
 
     @classmethod
     def create(cls, folder: str | Path, expansion: Expansion) -> Ledger:
-        """Freeze a plan in a folder, or go on in one: jobs of a changed plan are added, none is ever taken out."""
+        """Freeze a plan in a folder, or go on in one: jobs of a changed plan are added, none is ever taken out.
+
+        The rows of a search are its trials, in order; only the number of trials may change.
+        """
         folder = Path(folder)
         known = folder / "plan.json"
         if not known.exists() and folder.is_dir() and (strange := {p.name for p in folder.iterdir()} - _OWN):
@@ -77,9 +84,23 @@ class Ledger:
             old = _read_plan(folder) if known.exists() else {"jobs": {}}
             jobs = old["jobs"] | {key: plain(job) for key, job in expansion.jobs.items() if key not in old["jobs"]}
             new = {"format": FORMAT, "plan": plain(expansion.plan), "rows": plain(expansion.rows), "jobs": jobs}
+            searches = [plan for plan in (old.get("plan"), new["plan"]) if plan and plan.get("search")]
+            if searches and "plan" in old:
+                if not same_search(old["plan"], new["plan"]):
+                    raise ValueError(
+                        f"'{folder}' holds trials of another search (other base, space, metric or sampler): their "
+                        "results cannot serve this one; choose another folder"
+                    )
+                new["rows"] = old["rows"]
             if new != old:
                 write_json(known, new)
         return cls(folder)
+
+    @property
+    def to_come(self) -> int:
+        """Trials of a search that are not asked for yet."""
+        search = self.plan.get("search")
+        return max(0, search["trials"] - len(self.rows)) if search else 0
 
     # reading
 
@@ -95,6 +116,9 @@ class Ledger:
             status, events = run.status, run.events
         except (ValueError, OSError):  # killed before there was a manifest, or in its middle
             status, events = "interrupted", []
+        error = next((event for event in reversed(events) if event.get("kind") in ("error", "attempt")), {})
+        if status == "interrupted" and error.get("type") == Pruned.__name__:
+            return State("pruned", number, folder)
         if status == "finished":
             return State(status, number, folder)
         said = (self.notes() if notes is None else notes).get(job, [])
@@ -107,7 +131,6 @@ class Ledger:
             return State("running", number, folder)
         if status not in FINAL:
             return State(status, number, folder)
-        error = next((event for event in reversed(events) if event.get("kind") == "error"), {})
         failure, line = (ended or {}).get("failure"), (ended or {}).get("error")
         return State(
             status, number, folder, failure or _class_by_name(status, error.get("type")), line or error.get("message")
@@ -126,19 +149,21 @@ class Ledger:
         return found
 
     def coverage(self, states: Mapping[str, State] | None = None) -> dict[str, Any]:
-        """Counts: rows = planned jobs + aliases; planned = done + failed + running + missing."""
+        """Counts: planned = done + failed + pruned + running + missing. rows = planned jobs + aliases, of a search: the
+        trials so far; those to come are planned and missing."""
         states = self.states() if states is None else states
         failed = {name: sum(state.failure == name for state in states.values()) for name in FAILURES}
         waiting = [state.status for state in states.values() if state.to_do]
         return {
             "rows": len(self.rows),
             "aliases": sum(row.alias for row in self.rows),
-            "planned": len(self.jobs),
+            "planned": len(self.jobs) + self.to_come,
             "done": sum(state.status == "finished" for state in states.values()),
             "failed": sum(failed.values()),
             "failed_by_class": failed,
+            "pruned": sum(state.status == "pruned" for state in states.values()),
             "running": sum(state.status == "running" for state in states.values()),
-            "missing": len(waiting),
+            "missing": len(waiting) + self.to_come,
             "interrupted": waiting.count("interrupted"),
             "no_longer_planned": len(self.no_longer_planned),
         }
@@ -176,10 +201,33 @@ class Ledger:
             (folder / "heartbeat.json").unlink(missing_ok=True)
             lock.release()
 
-    def next_run_dir(self, job: str) -> tuple[int, Path]:
-        """(number, run directory) of the next try; results of earlier ones stay where they are."""
+    def next_run_dir(self, job: str, resumes: bool = False) -> tuple[int, Path, bool]:
+        """(number, run directory, whether it is gone on in) of the next try; results of earlier ones stay.
+
+        resumes: the kind of job can go on in a run directory that was interrupted.
+        """
+        state = self.state(job, leased=False)
+        if resumes and state.status == "interrupted":
+            return state.tries, state.run_dir, True
         number = max((number for number, _ in self._tries(job)), default=0) + 1
-        return number, self.folder / "runs" / f"{job}-{number}"
+        return number, self.folder / "runs" / f"{job}-{number}", False
+
+    def grow(self, propose: Callable[[], Job]) -> Job | None:
+        """Freeze the next trial of a search, which `propose` makes of the rows so far; None where all are there.
+
+        Other processes wait meanwhile. A trial whose job is there already is an alias.
+        """
+        with _alone(self.folder / "leases" / "plan"):
+            record = _read_plan(self.folder)
+            self._take(record)
+            if not self.to_come:
+                return None
+            job = propose()
+            record["rows"].append(plain(Row(job.values, job.id, job.id in self.jobs)))
+            record["jobs"].setdefault(job.id, plain(job))
+            write_json(self.folder / "plan.json", record)
+            self._take(record)
+        return job
 
     def note(self, event: str, job: str, number: int, **more: Any) -> None:
         who = this_process()

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -377,17 +377,7 @@ def files_fingerprint(name: str) -> dict[str, str] | None:
     if found is None:
         return None
     files = sorted(path for path in Path(location).iterdir() if path.suffix in (".json", ".safetensors", ".txt"))
-    return {f"below/{key}": value for key, value in found.items()} | {f.name: _sha256(f) for f in files}
-
-
-def _sha256(path: Path) -> str:
-    found = path.stat()
-    return _sha256_of(str(path), found.st_size, found.st_mtime_ns)
-
-
-@lru_cache
-def _sha256_of(path: str, size: int, changed: int) -> str:
-    return records.sha256_file(path)
+    return {f"below/{key}": value for key, value in found.items()} | {f.name: records.sha256_known(f) for f in files}
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

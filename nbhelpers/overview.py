@@ -7,7 +7,7 @@ import math
 import statistics
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -366,8 +366,15 @@ def coverage_line(folder: str | Path) -> str:
     found = coverage(folder)
     if found is None:
         return ""
+    return f"{counts(found)}, {found['twice']} twice"
+
+
+def counts(found: Mapping[str, Any]) -> str:
+    """The counts of a sweep in words; trials that a search ended early are named where there are some."""
     names = {"planned": "planned", "done": "finished", "failed": "failed", "running": "running", "missing": "missing"}
-    return ", ".join([*(f"{found[key]} {said}" for key, said in names.items()), f"{found['twice']} twice"])
+    if found["pruned"]:
+        names["pruned"] = "ended early by the search"
+    return ", ".join(f"{found[key]} {said}" for key, said in names.items())
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------

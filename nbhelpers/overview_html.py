@@ -10,7 +10,7 @@ from jinja2 import Environment
 
 from nbhelpers.analysis import ExperimentAnalyzer
 from nbhelpers.collection import flat
-from nbhelpers.overview import Overview
+from nbhelpers.overview import Overview, counts
 from nbhelpers.tables import shown, withheld
 
 MOST_ROWS = 30  # runs in the table of runs
@@ -52,8 +52,7 @@ def coverage_html(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     share = {name: f"{100 * found[name] / max(found['planned'], 1):.1f}" for name in ("done", "running", "failed")}
-    names = {"planned": "planned", "done": "finished", "failed": "failed", "running": "running", "missing": "missing"}
-    text = "sweep: " + ", ".join(f"{found[key]} {said}" for key, said in names.items())
+    text = f"sweep: {counts(found)}"
     return COVERAGE.render(**share, text=text + (f", {found['twice']} done twice" if found["twice"] else ""))
 
 

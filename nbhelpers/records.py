@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import date
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -144,6 +145,17 @@ def sha256_file(path: str | os.PathLike) -> str:
     """Hex digest of the bytes of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_known(path: str | os.PathLike) -> str:
+    """sha256 of a file's bytes, read anew only where its size or time of change differ: for files asked often."""
+    found = os.stat(path)
+    return _sha256_as_it_was(os.fspath(path), found.st_size, found.st_mtime_ns)
+
+
+@lru_cache
+def _sha256_as_it_was(path: str, size: int, changed: int) -> str:
+    return sha256_file(path)
 
 
 def sha256_json(obj: Any) -> str:

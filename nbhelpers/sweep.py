@@ -1,6 +1,7 @@
 """How is a grid carried out? One job after another, within a budget, and after a kill only what is missing.
 
-`run(plan, folder)` is the executor of this process. Several processes may work on one folder: each job is leased.
+`run(plan, folder)` is the executor of this process. Several processes may work on one folder: each job is leased. The
+jobs of a search come one by one, each from what is on record by then; its other rules are those of a grid.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nbhelpers import grid, jobkinds, memory
+from nbhelpers import grid, jobkinds, memory, search
 from nbhelpers.errors import is_bad_input, one_line
 from nbhelpers.grid import Expansion, Job, Plan
 from nbhelpers.ledger import Ledger, State
 from nbhelpers.redaction import Redactor
+from nbhelpers.registry import unknown
 from nbhelpers.runs import read_run
+from nbhelpers.search import Pruned, Search, Trial
 from nbhelpers.tracking import Diverged, ExperimentConfig, ExperimentTracker, Interrupted
 
 KINDS = jobkinds.KINDS
@@ -56,6 +59,8 @@ def parse_budget(budget: str | float | None) -> float:
 def preview(plan: str | Path | Mapping[str, Any] | Plan) -> dict[str, Any]:
     """What a plan would run, without running: counts, jobs in order, and seconds estimated where that is possible."""
     expansion = grid.expand(grid.read_plan(plan))
+    if expansion.plan.search is not None:
+        return _preview_search(expansion, expansion.plan.search)
     ordered = grid.spread(list(expansion.jobs.values()), expansion.plan.order_seed)
     seconds = [_estimate(expansion, job) for job in ordered]
     known = [value for value in seconds if value is not None]
@@ -69,6 +74,27 @@ def preview(plan: str | Path | Mapping[str, Any] | Plan) -> dict[str, Any]:
         "estimated_hours": sum(known) / 3600 if known else None,
         "not_estimated": len(seconds) - len(known),
         "order": [{"job": job.id, "name": job.name} for job in ordered],
+    }
+
+
+def _preview_search(expansion: Expansion, wanted: Search) -> dict[str, Any]:
+    """The same of a search: its time is that of jobs at both ends of the space, each run to its end."""
+    whole = search.whole_numbers(wanted, expansion.kind.config)
+    bounds = {name: values.bounds(name in whole) for name, values in wanted.space.items()}
+    ends = [grid.trial_job(expansion, {name: found[at] for name, found in bounds.items()}) for at in (0, -1)]
+    seconds = [_estimate(expansion, job) for job in ends]
+    known = None not in seconds
+    return {
+        "name": expansion.plan.name,
+        "kind": expansion.plan.kind,
+        "rows": wanted.trials,
+        "jobs": wanted.trials,
+        "aliases": 0,
+        "search": wanted.model_dump(),
+        "axes": {},
+        "estimated_hours": wanted.trials * statistics.fmean(seconds) / 3600 if known else None,
+        "not_estimated": 0 if known else wanted.trials,
+        "order": [],
     }
 
 
@@ -90,15 +116,65 @@ def run(
     """
     allowed = parse_budget(budget)
     expansion = grid.expand(grid.read_plan(plan))
-    return _Sweep(expansion, Ledger.create(folder, expansion), allowed, progress, should_stop).run()
+    if expansion.plan.search is not None:
+        search.installed()
+    ledger = Ledger.create(folder, expansion)
+    if expansion.plan.search is not None:
+        _check_same_files(expansion, ledger)
+    return _Sweep(expansion, ledger, allowed, progress, should_stop).run()
+
+
+def _check_same_files(expansion: Expansion, ledger: Ledger) -> None:
+    """A trial of another model or data in the same place says nothing of what is searched for now."""
+    for number, row in enumerate(ledger.rows):
+        if grid.trial_job(expansion, row.values).id != row.job:
+            raise ValueError(
+                f"model or data were others when trial {number} of '{ledger.folder}' was run: its result cannot serve "
+                "this search; choose another folder"
+            )
 
 
 def status(folder: str | Path) -> dict[str, Any]:
-    """Coverage of a ledger folder and where each of its jobs stands."""
+    """Coverage of a ledger folder, where each of its jobs stands, and of a search the best trial so far."""
     ledger = Ledger(folder)
     states = ledger.states()
     jobs = [{"job": key, "name": ledger.jobs[key].name, **_shown(state)} for key, state in states.items()]
-    return ledger.coverage(states) | {"folder": str(folder), "name": ledger.plan["name"], "jobs": jobs}
+    found = ledger.coverage(states) | {"folder": str(folder), "name": ledger.plan["name"], "jobs": jobs}
+    return found | ({"best": best_trial(ledger)} if ledger.plan.get("search") else {})
+
+
+def best_trial(ledger: Ledger) -> dict[str, Any] | None:
+    """{trial, metric, value, values, job, run_dir} of the best trial that came to its end; None before there is one."""
+    wanted, found = Search(**ledger.plan["search"]), trials(ledger)
+    number = search.best(wanted, found)
+    if number is None:
+        return None
+    row = ledger.rows[number]
+    told = {"trial": number, "metric": wanted.metric, "value": found[number].value, "values": row.values}
+    return told | {"job": row.job, "run_dir": str(ledger.state(row.job).run_dir)}
+
+
+def trials(ledger: Ledger, *, without: str | None = None) -> list[Trial]:
+    """The trials of a search as their run records tell them. without: the job that is left out."""
+    wanted, kind = Search(**ledger.plan["search"]), KINDS[ledger.plan["kind"]]()
+    states, found = ledger.states(), []
+    for row in ledger.rows:
+        state, value, reported = states[row.job], None, []
+        if row.job == without:
+            continue
+        if state.status in ("finished", "pruned", "diverged", "failed"):
+            run = read_run(state.run_dir)
+            reported = kind.seen(run)
+            if state.status == "finished":
+                value = _metric(wanted.metric, kind.columns(run.result or {}))
+        found.append(Trial(row.values, state.status, value, tuple(reported)))
+    return found
+
+
+def _metric(name: str, columns: Mapping[str, Any]) -> Any:
+    if name not in columns:
+        raise LookupError(unknown("metric", name, columns))
+    return columns[name]
 
 
 def _shown(state: State) -> dict[str, Any]:
@@ -130,6 +206,7 @@ class _Sweep:
     def __init__(self, expansion: Expansion, ledger: Ledger, allowed: float, progress, should_stop) -> None:
         self.expansion, self.kind, self.ledger = expansion, expansion.kind, ledger
         self.allowed, self.progress, self.should_stop = allowed, progress, should_stop
+        self.search = expansion.plan.search
         self.started = time.monotonic()
         self.costs: dict[Any, list[float]] = {}
         self.tried = 0
@@ -139,7 +216,10 @@ class _Sweep:
         for key, seconds in self.ledger.seconds().items():
             if job := self.ledger.jobs.get(key):
                 self._learn(job, seconds)
-        ordered = grid.spread(list(self.ledger.jobs.values()), self.expansion.plan.order_seed)
+        jobs = list(self.ledger.jobs.values())
+        ordered = grid.spread(jobs, self.expansion.plan.order_seed)
+        if self.search:  # as they were asked for
+            ordered = [self.ledger.jobs[job] for job in dict.fromkeys(row.job for row in self.ledger.rows)]
         # jobs that a killed process left go last: one that kills its process must not keep the others from their turn
         self.waiting = sorted((job for job in ordered if states[job.id].to_do), key=lambda job: states[job.id].tries)
         self.ended = sum(not states[job.id].to_do for job in ordered)
@@ -157,20 +237,41 @@ class _Sweep:
 
     def _pass(self) -> str:
         skipped = False
-        while self.waiting:
+        while self.waiting or self._ask():
             if self.should_stop is not None and self.should_stop():
                 return "stopped"
             job = self.waiting.pop(0)
-            if self.tried and time.monotonic() - self.started + (self.expected(job) or 0.0) > self.allowed:
+            if self._too_late(self.expected(job)):
                 skipped = True
                 continue
             with self.ledger.lease(job.id) as ours:
                 if ours and self.ledger.state(job.id, leased=False).to_do:  # another process may have done it meanwhile
                     self._do(job)
-        return "budget" if skipped else "done"
+        return "budget" if skipped or self.ledger.to_come else "done"
+
+    def _too_late(self, expected: float | None) -> bool:
+        return bool(self.tried) and time.monotonic() - self.started + (expected or 0.0) > self.allowed
+
+    def _ask(self) -> bool:
+        """Let the next trial of a search wait for its turn; False where there is none, or no time for it."""
+        if self.search is None or not self.ledger.to_come or self._too_late(self.expected(None)):
+            return False
+        if self.should_stop is not None and self.should_stop():
+            raise Interrupted("stopped before the next trial")
+        job = self.ledger.grow(self._propose)
+        if job is not None:
+            self.waiting.append(job)
+        return job is not None
+
+    def _propose(self) -> Job:
+        return grid.trial_job(self.expansion, search.next_values(self.search, self._whole, trials(self.ledger)))
+
+    @property
+    def _whole(self) -> set[str]:
+        return search.whole_numbers(self.search, self.kind.config)
 
     def _do(self, job: Job) -> None:
-        number, run_dir = self.ledger.next_run_dir(job.id)
+        number, run_dir, goes_on = self.ledger.next_run_dir(job.id, self.kind.resumes)
         run_dir.parent.mkdir(exist_ok=True)
         self.tried += 1
         self.ledger.note("started", job.id, number)
@@ -178,9 +279,17 @@ class _Sweep:
         begun = time.monotonic()
         try:
             config = self.kind.config(**job.config)
-            self.kind.run(config, run_dir=run_dir, progress=self._within(job), should_stop=self.should_stop)
+            more = {"resume": True} if goes_on else {}
+            self.kind.run(
+                config, run_dir=run_dir, progress=self._within(job, run_dir), should_stop=self.should_stop, **more
+            )
             if (left := read_run(run_dir).status) != "finished":
                 raise RuntimeError(f"the job returned, but its run directory says {left}")
+        except Pruned as why:
+            seconds = _since(begun)
+            self.ledger.note("ended", job.id, number, status="pruned", seconds=seconds, why=str(why))
+            self.ended += 1
+            self._tell("job ended", job, status="pruned", seconds=seconds)
         except (KeyboardInterrupt, Interrupted):
             self.ledger.note("ended", job.id, number, status="interrupted", seconds=_since(begun))
             raise
@@ -205,9 +314,11 @@ class _Sweep:
         self.ended += 1
         self._tell("job ended", job, **said)
 
-    def expected(self, job: Job) -> float | None:
+    def expected(self, job: Job | None) -> float | None:
         """Mean seconds of the jobs like this one that were measured on this host, else of all; None without any."""
-        alike = self.costs.get(self._key(job)) or [seconds for known in self.costs.values() for seconds in known]
+        alike = self.costs.get(job and self._key(job)) or [
+            seconds for known in self.costs.values() for seconds in known
+        ]
         return statistics.fmean(alike) if alike else None
 
     def _learn(self, job: Job, seconds: float) -> None:
@@ -217,18 +328,36 @@ class _Sweep:
         return repr(self.kind.similar(job.config))
 
     def seconds_left(self) -> float | None:
-        expected = [self.expected(job) for job in self.waiting]
+        expected = [self.expected(job) for job in (*self.waiting, *[None] * self.ledger.to_come)]
         return None if None in expected else math.fsum(expected)
 
     def _tell(self, stage: str, job: Job, **more: Any) -> None:
         log.info("%s %s %s", stage, job.id, job.name)
         if self.progress is not None:
-            where = {"done": self.ended, "total": len(self.ledger.jobs), "seconds_left": self.seconds_left()}
+            where = {
+                "done": self.ended,
+                "total": len(self.ledger.jobs) + self.ledger.to_come,
+                "seconds_left": self.seconds_left(),
+            }
             self.progress({"stage": stage, "job": job.id, "name": job.name, **where, **more})
 
-    def _within(self, job: Job) -> Progress | None:
-        """A job's own progress, marked with the job."""
-        return None if self.progress is None else lambda now: self.progress({**now, "job": job.id})
+    def _within(self, job: Job, run_dir: Path) -> Progress | None:
+        """A job's own progress, marked with the job; where the search prunes, it hears it and may stop the job."""
+        tell = None if self.progress is None else lambda now: self.progress({**now, "job": job.id})
+        if self.search is None or self.search.pruner == "none":
+            return tell
+        others = trials(self.ledger, without=job.id)
+        watch = search.Watch(self.search, self._whole, others, job.values)
+
+        def listen(now: dict[str, Any]) -> None:
+            if tell is not None:
+                tell(now)
+            if (heard := self.kind.heard(now)) is not None:
+                earlier = [] if watch.told else self.kind.seen(read_run(run_dir))
+                if why := watch.hear(*heard, earlier):
+                    raise Pruned(why)
+
+        return listen
 
 
 def _since(begun: float) -> float:

@@ -164,7 +164,7 @@ class ExperimentTracker:
         self._check_fingerprints(run.manifest["fingerprints"])
         manifest = run.manifest
         for attempt in manifest["attempts"]:
-            if attempt["status"] == "running":
+            if attempt["status"] in ("running", "finished"):  # there is no result: it was killed before it was written
                 attempt["status"] = "interrupted"
         self.run_id = manifest["run_id"]
         manifest["fingerprints"].update(self._fingerprints)

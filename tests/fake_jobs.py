@@ -30,6 +30,7 @@ class FakeConfig(BaseModel):
     cost: float = 1.0
     log: str | None = None
     seed: int = 0
+    steps: int = 0  # reports (step, a + b / step) on the way
 
 
 def run_fake(config: FakeConfig, *, run_dir: Path, progress=None, should_stop=None) -> dict:
@@ -53,6 +54,10 @@ def run_fake(config: FakeConfig, *, run_dir: Path, progress=None, should_stop=No
         if should_stop is not None and should_stop():
             raise Interrupted("stopped while adding")
         _raise(config.what)
+        for step in range(1, config.steps + 1):
+            tracker.log_metrics(step, stage="fake", val_loss=config.a + config.b / step)
+            if progress is not None:
+                progress({"stage": "fake", "step": step, "loss": config.a + config.b / step})
         total = float("nan") if config.what == "nan" else config.a + config.b
         if config.log:
             append_line(config.log, {"a": config.a, "b": config.b, "seed": config.seed, "pid": os.getpid()})
@@ -82,7 +87,13 @@ if "fake" not in KINDS:
 
     @KINDS.register("fake")
     def fake() -> JobKind:
-        return JobKind(config=FakeConfig, run=run_fake, similar=lambda config: config["cost"])
+        return JobKind(
+            config=FakeConfig,
+            run=run_fake,
+            similar=lambda config: config["cost"],
+            heard=lambda now: (now["step"], now["loss"]) if now["stage"] == "fake" else None,
+            seen=lambda run: list(zip(*run.curve("val_loss", "fake"), strict=True)) if run.config["steps"] else [],
+        )
 
 
 def plan(**values) -> dict:

@@ -9,9 +9,9 @@ import json
 import sys
 from pathlib import Path
 
+import small_models
 import torch
 
-import small_models
 from nbhelpers import attention, ranks
 from nbhelpers.training import TrainingConfig, fine_tune
 

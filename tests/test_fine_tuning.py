@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from nbhelpers import attention, evaluate, generated, models, packing
 from nbhelpers.commands_training import show_fine_tuning
 from nbhelpers.estimates import megabytes
 from nbhelpers.fine_tuning import FineTuningConfig, FineTuningExperiment, improvement, required_memory, verdict
+from nbhelpers.linefile import LineFile
 from nbhelpers.records import read_json
 from nbhelpers.runs import read_run
 from nbhelpers.tracking import Interrupted
@@ -199,30 +202,62 @@ def test_another_config_cannot_go_on_in_a_run(text, tmp_path):
         FineTuningExperiment.run(config(text, seed=1), run_dir=tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("after", [3, pytest.param(6, marks=pytest.mark.slow)])
-def test_a_run_killed_in_the_middle_ends_as_if_it_had_not_been_and_shows_each_step_once(after, text, tmp_path):
-    steps, run = 8, tmp_path / "run"
-    arguments = [sys.executable, "-m", "nbhelpers", "finetune", "--model", "tiny-gpt2", "--data", text]
-    arguments += ["--window", "32", "--evaluation-windows", "8", "--batch-size", "2", "--sample-tokens", "4"]
-    arguments += ["--device", "cpu", "--steps", str(steps), "--checkpoint-every", "2", "--json", "--out", str(run)]
+KILLED = {"steps": 8, "checkpoint_every": 2, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def straight(text, tmp_path_factory) -> dict:
+    """The run that the killed ones shall end like."""
+    return FineTuningExperiment.run(config(text, **KILLED), run_dir=tmp_path_factory.mktemp("straight") / "run")
+
+
+@pytest.mark.parametrize("seed", [7, pytest.param(0, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
+def test_a_run_killed_at_a_random_moment_ends_as_if_it_had_not_been_and_shows_each_step_once(
+    seed, text, straight, tmp_path
+):
+    """Killed at once or a little after a step whose number the seed draws; `make soak` kills twenty times."""
+    drawn, run = random.Random(seed), tmp_path / "run"
+    after, wait = drawn.randint(1, 7), drawn.uniform(0, 0.05)
+    options = QUICK | KILLED | {"model": "tiny-gpt2", "data": text, "out": str(run)}
+    arguments = [sys.executable, "-m", "nbhelpers", "finetune", "--json"]
+    arguments += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     started = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + 120
     while not (run / "metrics.jsonl").is_file() or f'"iteration":{after}' not in (
         (run / "metrics.jsonl").read_text().replace(" ", "")
     ):
         assert started.poll() is None and time.monotonic() < give_up
-        time.sleep(0.02)
+        time.sleep(0.01)
+    time.sleep(wait)
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
     done = subprocess.run([*arguments, "--resume"], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     resumed = json.loads(done.stdout.splitlines()[-1])
-    settings = config(text, steps=steps, checkpoint_every=2)
-    straight = FineTuningExperiment.run(settings, run_dir=tmp_path / "straight")
     assert resumed["fine_tuned"]["nll"] == pytest.approx(straight["fine_tuned"]["nll"], abs=1e-5)
-    steps_shown, losses = read_run(run).curve("train_loss", "fine_tuned")
-    assert steps_shown == list(range(1, steps + 1)) and len(read_run(run).manifest["attempts"]) == 2
-    assert losses == pytest.approx(read_run(tmp_path / "straight").curve("train_loss", "fine_tuned")[1], abs=1e-6)
+    steps, losses = read_run(run).curve("train_loss", "fine_tuned")
+    assert steps == list(range(1, 9)) and len(read_run(run).manifest["attempts"]) == 2
+    assert losses == pytest.approx(read_run(straight["run_dir"]).curve("train_loss", "fine_tuned")[1], abs=1e-6)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_training_fails_the_run_and_it_goes_on_when_there_is_room(
+    text, straight, tmp_path, monkeypatch
+):
+    append = LineFile.append
+
+    def full(self, row):
+        if row["iteration"] == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return append(self, row)
+
+    monkeypatch.setattr(LineFile, "append", full)
+    with pytest.raises(OSError, match="No space left"):
+        FineTuningExperiment.run(config(text, **KILLED), run_dir=tmp_path / "run")
+    monkeypatch.undo()
+    assert read_run(tmp_path / "run").status == "failed"
+    resumed = FineTuningExperiment.run(config(text, **KILLED), run_dir=tmp_path / "run", resume=True)
+    assert resumed["fine_tuned"]["nll"] == pytest.approx(straight["fine_tuned"]["nll"], abs=1e-5)
+    assert read_run(tmp_path / "run").curve("train_loss", "fine_tuned")[0] == list(range(1, 9))
 
 
 def test_weights_that_are_saved_wrong_are_seen(text, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_a_plan_without_axes_is_one_job():
 
 def test_a_job_id_is_the_sha256_of_kind_format_config_and_data():
     (job,) = expansion(base={"a": 3}).jobs.values()
-    config = {"a": 3, "b": 0.0, "what": "fine", "cost": 1.0, "log": None, "seed": 0}
+    config = {"a": 3, "b": 0.0, "what": "fine", "cost": 1.0, "log": None, "seed": 0, "steps": 0}
     assert job.sha256 == sha256_json({"kind": "fake", "format": 1, "config": config, "data": {}})
     assert job.id == job.sha256[:16]
 

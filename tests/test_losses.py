@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import small_models
 import torch
 import torch.nn.functional as F
 
-import small_models
 from nbhelpers import data, losses
 
 

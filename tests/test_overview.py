@@ -10,7 +10,7 @@ import zipfile
 import pytest
 from many_runs import a_run, pruning_run
 
-from nbhelpers import plots
+from nbhelpers import overview, plots
 from nbhelpers.analysis import ExperimentAnalyzer
 from nbhelpers.overview import FIGURES, NONE, Overview, coverage, coverage_line
 
@@ -191,3 +191,9 @@ def test_what_a_figure_holds_is_said_without_intervals_and_dividing_lines(runs):
     assert holds(figures["m"]) == "perplexity, fine-tuned: 5 points from 4 to 8"  # 3 means, and 2 seeds of one of them
     assert holds(runs.figures("quadrants")["m"]) == "change by fine-tuning: 4 points from -100 to -12.5"
     assert plots.fingerprint(figures["m"]) != holds(figures["m"])
+
+
+def test_trials_that_a_search_ended_early_are_counted_in_words_where_there_are_some():
+    found = {"planned": 5, "done": 2, "failed": 0, "running": 0, "missing": 0, "pruned": 3}
+    assert overview.counts(found).endswith("0 running, 0 missing, 3 ended early by the search")
+    assert "early" not in overview.counts(found | {"pruned": 0})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import small_models
 import torch
 
-import small_models
 from nbhelpers import attention, data, losses, packing
 
 

@@ -345,3 +345,12 @@ def test_a_folder_without_write_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="Permission denied"):
         check_output_folder(tmp_path / "x")
+
+
+def test_a_file_that_changed_has_another_sha256_also_where_it_is_asked_for_again(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    first = records.sha256_known(path)
+    assert first == records.sha256_file(path) == records.sha256_known(path)
+    path.write_bytes(b"two!")
+    assert records.sha256_known(path) == records.sha256_file(path) != first

@@ -389,6 +389,22 @@ def test_a_resumed_run_continues_clock_steps_and_attempts_and_shows_each_step_on
     assert not (tmp_path / ".left.tmp").exists()
 
 
+def test_an_attempt_that_was_killed_before_its_result_was_written_was_interrupted_not_finished(tmp_path, monkeypatch):
+    def killed(path, content, **_more):
+        if path.name == "result.json":
+            raise KeyboardInterrupt
+        write_json(path, content)
+
+    write_json = tracking.write_json
+    monkeypatch.setattr(tracking, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt), tracker(tmp_path) as run:
+        run.finish({})
+    monkeypatch.undo()
+    assert read_run(tmp_path).status == "interrupted"
+    tracker(tmp_path, resume=True).start().finish()
+    assert [attempt["status"] for attempt in read_run(tmp_path).manifest["attempts"]] == ["interrupted", "finished"]
+
+
 def test_a_failed_run_goes_on_when_a_retry_is_asked_for_and_a_finished_one_does_not(tmp_path):
     with pytest.raises(Diverged, match="nan"), tracker(tmp_path):
         raise Diverged("nan")
