@@ -54,11 +54,11 @@ models: .venv/.installed  ## train the bundled tiny models again
 	$(BIN)/python -m nbhelpers.pretrain
 
 bench: .venv/.installed  ## side-by-side measurements against peers, one after the other
-	@set -e; for file in benchmarks/[a-z]*.py; do [ -f "$$file" ] || { echo "no benchmarks yet"; break; }; \
+	@set -e; for file in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/[a-z]*.py)); do [ -f "$$file" ] || { echo "no benchmarks yet"; break; }; \
 	  echo "== $$file"; $(BIN)/python "$$file"; done
 
-soak: .venv/.installed  ## long fault runs
-	@$(BIN)/python -m pytest -q -m soak || { rc=$$?; [ $$rc -eq 5 ] && echo "no soak runs defined yet" || exit $$rc; }
+soak: .venv/.installed  ## long fault runs: 20 kills of fine-tuning runs, their table in README and benchmarks/results
+	$(BIN)/python benchmarks/soak.py --readme README.md
 
 install: .venv/.installed  ## only create .venv
 
@@ -67,7 +67,7 @@ install: .venv/.installed  ## only create .venv
 	  { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[notebooks,quant,tensorboard,wandb,test,browser,dev]' -c constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[notebooks,quant,tensorboard,wandb,search,lmeval,test,browser,dev]' -c constraints.txt
 	@touch $@
 
 $(COLAB)/.installed: pyproject.toml constraints-colab.txt requirements-colab.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def load(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
@@ -135,6 +137,169 @@ def test_a_section_goes_between_its_own_marks(head_pruning, removal, tmp_path):
     head_pruning.put_into(path, "new\n", removal.MARK)
     expected = f"a\n{removal.MARK}\nnew\n{removal.MARK}\n{head_pruning.MARK}kept{head_pruning.MARK}\n"
     assert path.read_text() == expected
+
+
+@pytest.fixture(scope="module")
+def training():
+    return load("training")
+
+
+@pytest.mark.parametrize(("kind", "data"), [("llama", "dialogues"), ("gpt2", "boolq"), ("gpt2", "text")])
+def test_the_benchmarks_two_ways_to_fine_tune_have_the_same_loss_at_every_step(training, kind, data):
+    found = training.speed(training.TINY[kind], data, steps=3, warm=1, rounds=1)
+    assert found["same_adapters"]
+    plain, packed = found["losses"][training.PLAIN], found["losses"][training.PACKED]
+    unpacked = found["losses"].get(training.UNPACKED, packed)
+    assert len(plain) == len(packed) == len(unpacked) == 3
+    assert training.furthest(unpacked, plain) <= 1e-5
+    assert training.furthest(packed, plain) <= 1e-5
+
+
+def test_adapters_from_another_seed_would_be_seen_in_the_losses(training, monkeypatch):
+    shape = training.TINY["llama"]
+    made = training.rows("dialogues", shape.vocabulary, 3 * training.BATCH)
+    losses, _ = training.plain(training.build(shape), made, 3)
+    model = training.build(shape)
+    monkeypatch.setattr(training, "SEED", 1)
+    others, _ = training.plain(model, made, 3)
+    assert losses[0] == pytest.approx(others[0], abs=1e-5)  # adapters begin with B = 0
+    assert training.furthest(losses, others) > 1e-4
+
+
+@pytest.mark.data
+def test_the_lengths_kept_in_the_benchmark_are_those_of_boolq(training, data_dir):
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    pieces = ByteLevel(add_prefix_space=False)
+    rows = map(json.loads, (data_dir / "boolq_train.jsonl").read_text(encoding="utf-8").splitlines())
+    texts = (f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:" for row in rows)
+    lengths = sorted(len(pieces.pre_tokenize_str(text)) for text in texts)
+    counted = [lengths[min(len(lengths) - 1, share * len(lengths) // 100)] for share in range(101)]
+    assert tuple(counted) == training.BOOLQ
+
+
+def cell(data: str, rounds: dict[str, list[float]], losses: dict[str, list[float]]) -> dict:
+    return {
+        "shape": {"name": "a shape", "width": 8, "layers": 1, "vocabulary": 100},
+        "data": data,
+        "rows": {"lengths": [1, 2, 3], "padding": 0.5, "labels": 0.25},
+        "head_share": 0.5,
+        "rounds": rounds,
+        "losses": losses,
+        "same_adapters": True,
+        "matmul_flops": 1e6,
+        "flops_a_token": 1e3,
+    }
+
+
+def test_ratios_are_taken_round_by_round_and_a_broken_promise_is_said(training):
+    plain, unpacked, packed = training.PLAIN, training.UNPACKED, training.PACKED
+    answers = cell(
+        "boolq",
+        {plain: [100, 100, 200], unpacked: [110, 110, 220], packed: [200, 120, 200]},
+        {plain: [2.0, 1.0], unpacked: [2.0, 1.5], packed: [2.0, 1.75]},
+    )
+    text = cell("text", {plain: [100], packed: [90]}, {plain: [1.0], packed: [1.0]})
+    taken = {plain: [{"before": 100, "peak": 1000}], packed: [{"before": 100, "peak": 500}]}
+    memory = {"shape": answers["shape"], "data": "boolq", "rounds": taken}
+    about = {
+        "machine": dict.fromkeys(("processor", "device", "threads", "precision", "torch", "transformers", "peft"), "x"),
+        "steps": 8,
+        "warm": 2,
+        "rounds": 3,
+        "not_compared": {"another": "it is not there"},
+    }
+    about["machine"]["matmul_flops"] = 1e6
+    found = training.summarise({"cells": [answers, text], "memory": [memory], **about})
+    first, row = found["cells"][0], found["memory"][0]
+    assert first["ratio"] == {"median": 1.2, "low": 1.0, "high": 2.0}
+    assert first["share_of_limit"][plain] == pytest.approx(0.1)
+    assert (first["loss_difference"], first["loss_difference_packed"]) == (0.5, 0.25)
+    assert (row["ratio"]["median"], row["ratio_grown"]["median"]) == (0.5, pytest.approx(400 / 900))
+    assert [one["met"] for one in found["targets"]] == [False, False, True, False]
+    said = training.markdown(found)
+    assert said.count("NOT met.") == 3 and said.count(": met.") == 1
+    assert "| 100 (10%) | 110 (11%) | 200 (20%) | 1.20 [1.00, 2.00] |" in said
+    assert "Not compared: another (it is not there)." in said
+
+
+def test_work_that_is_counted_leaves_out_padding_and_unneeded_logits(training):
+    shape = training.Shape("by hand", "gpt2", width=32, layers=1, vocabulary=10)
+    model, row = training.build(shape), training.labelled_row([1, 2, 3, 4], prompt_length=3)
+    layers, head = 12 * 32 * 32, 10 * 32
+    assert training.multiplied(model) == (layers, head)
+    assert training.needed_flops(model, [row]) == 4 * layers * 4 + 4 * head * 1 + 6 * 32 * 4**2
+
+
+@pytest.fixture(scope="module")
+def measured_training() -> dict:
+    return json.loads((RESULTS / "training.json").read_text(encoding="utf-8"))
+
+
+def test_the_readme_says_what_the_measured_fine_tuning_says(training, measured_training):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(training.MARK)[1]
+    assert section.strip() == training.markdown(measured_training).strip()
+
+
+def test_every_cell_was_measured_and_every_promise_is_judged_by_its_number(training, measured_training):
+    cells = [(cell["shape"]["name"], cell["data"]) for cell in measured_training["cells"]]
+    assert set(cells) == {(shape.name, data) for shape in training.SHAPES.values() for data in training.DATA}
+    assert all(cell["same_adapters"] and cell["loss_difference"] <= 1e-4 for cell in measured_training["cells"])
+    assert {row["shape"]["vocabulary"] for row in measured_training["memory"]} == {training.MEMORY_VOCABULARY}
+    assert measured_training["targets"] == training.targets(measured_training["cells"], measured_training["memory"])
+
+
+@pytest.fixture(scope="module")
+def soak():
+    return load("soak")
+
+
+def test_twenty_kills_fall_into_every_part_of_a_run_and_a_second_one_after_the_first(soak):
+    cases = soak.cases()
+    kills = [kill for case in cases for kill in case.kills]
+    assert [kill.number for kill in kills] == list(range(1, 21)) and {kill.part for kill in kills} == set(soak.PARTS)
+    assert vars(soak.cases()[3].kills[0]) == vars(cases[3].kills[0]), "seeded"
+    assert {case.method for case in cases} == {"full", "lora"}
+    for case in cases:
+        places = [kill.at for kill in case.kills if kill.at]
+        assert places == sorted(places) and all(0 <= kill.share < 1 for kill in case.kills)
+
+
+def test_where_a_killed_process_was_is_the_innermost_part_that_it_had_not_left(soak):
+    begun = ["0.1 enter before 0", "0.5 leave before 0", "0.6 enter step 1"]
+    assert soak.doing([]) == "starting" and soak.doing(begun[:1]) == "before the first step"
+    assert soak.doing(begun[:2]) == "before the first step (at its end)"
+    assert soak.doing([*begun, "0.7 enter validation 1"]) == "in a validation, 1"
+    assert soak.durations(begun) == {"before 0": pytest.approx(0.4)}
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({}, ""),
+        ({"final_loss": 1.1 + 2e-5}, "the same final loss"),
+        ({"steps": [1, 2, 2]}, "each step once"),
+        ({"losses": [3.0, 2.0, 1.5]}, "the same curve"),
+        ({"attempts": 3}, "attempts counted"),
+        ({"statuses": ["finished", "finished"]}, "statuses"),
+        ({"litter": ["partial-1"]}, "no litter"),
+        ({"facts": False}, "facts hold"),
+    ],
+)
+def test_a_broken_promise_of_a_resumed_run_is_seen(soak, monkeypatch, change, why):
+    monkeypatch.setattr(soak, "STEPS", 3)
+    found = {"final_loss": 1.1, "facts": True, "status": "finished", "steps": [1, 2, 3], "losses": [3.0, 2.0, 1.0]}
+    found |= {"validations": [[0, 3], [3.0, 1.0]], "attempts": 2, "attempt_events": 1, "resumed_from": [2]}
+    found |= {"statuses": ["interrupted", "finished"], "torn_lines": 0, "litter": []}
+    got = soak.compared(found | change, {"read": found}, attempts=2)
+    assert (got["ok"], got["why"]) == (not why, why)
+
+
+def test_in_the_committed_soak_every_killed_run_ended_like_the_one_that_was_not(soak):
+    measured = json.loads((RESULTS / "soak.json").read_text(encoding="utf-8"))
+    assert len(measured["kills"]) == 20 and measured["runs_ok"] == measured["runs"] == len(soak.KILLS)
+    assert max(row["difference"] for row in measured["kills"]) <= soak.TOLERANCE
+    assert (RESULTS / "soak.md").read_text(encoding="utf-8") == soak.markdown(measured)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.md")), ids=lambda path: path.stem)
