@@ -39,7 +39,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Disjoint parts of one source. `generated`: text that this project made itself, stamped wherever it is shown."""
+    """Disjoint parts of one source. `generated`: text that this project made itself, stamped wherever it is shown.
+
+    left_out: rows of the training part left out as they stand in the test part; None where none were looked for.
+    """
 
     train: list[Document]
     validation: list[Document]
@@ -47,6 +50,7 @@ class Corpus:
     source: str
     generated: bool
     sha256: str
+    left_out: int | None = None
 
 
 def load_corpus(source: str = BUNDLED) -> Corpus:
@@ -60,11 +64,24 @@ def load_corpus(source: str = BUNDLED) -> Corpus:
         raise LookupError(f"text file {source!r} does not exist")
     else:
         parts = _hub_splits(source)
+    return corpus(*parts, source=source, generated=source == BUNDLED)
+
+
+def corpus(
+    train: list[Document],
+    validation: list[Document],
+    test: list[Document],
+    *,
+    source: str,
+    generated: bool,
+    left_out: int | None = None,
+) -> Corpus:
+    """The parts of a source, and the digest of what they hold."""
     digest = hashlib.sha256()
-    for part in parts:
+    for part in (train, validation, test):
         for document in part:
             digest.update(f"{len(document.prompt)} {document.prompt}{len(document.text)} {document.text}".encode())
-    return Corpus(*parts, source=source, generated=source == BUNDLED, sha256=digest.hexdigest())
+    return Corpus(train, validation, test, source, generated, digest.hexdigest(), left_out)
 
 
 def read_documents(path: str | Path) -> list[Document]:
@@ -203,7 +220,11 @@ def completion_row(tokenizer, document: Document, window: int) -> dict:
     Cut on the left to `window` tokens, so that the completion and the end of the prompt stay.
     """
     prompt = tokenizer(document.prompt)["input_ids"]
-    completion = tokenizer(document.text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(document.prompt + document.text)["input_ids"]
+    if whole[: len(prompt)] == prompt:  # as a choice is scored; some tokenizers begin every text with a mark of its own
+        completion = whole[len(prompt) :]
+    else:
+        completion = tokenizer(document.text, add_special_tokens=False)["input_ids"]
     completion = completion + [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
     if len(completion) >= window:
         raise ValueError(

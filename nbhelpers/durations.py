@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nbhelpers import data, estimates, heads, instructions, models, runtime
+from nbhelpers import data, estimates, heads, models, runtime, tasks
 from nbhelpers.architecture import geometry
 from nbhelpers.experiments import PruningConfig
 from nbhelpers.fine_tuning import FineTuningConfig
@@ -149,8 +149,7 @@ def _scoring(config: PruningConfig, passes, total: int) -> float:
 
 
 def _windows(config: PruningConfig | FineTuningConfig, text: str, window: int) -> int:
-    bundled = text in (data.BUNDLED, instructions.BUNDLED)
-    hub = not bundled and not Path(text).expanduser().exists()
+    hub = not tasks.is_local(text)
     if hub and config.evaluation_windows is None:
         raise LookupError("known once the text is here; set evaluation windows to know it before")
     if hub:
@@ -160,7 +159,7 @@ def _windows(config: PruningConfig | FineTuningConfig, text: str, window: int) -
 
 @lru_cache
 def _test_windows(model: str, text: str, window: int) -> int:
-    return len(data.rows(models.load_tokenizer(model), instructions.load_corpus(text).test, window))
+    return len(data.rows(models.load_tokenizer(model), tasks.load_corpus(text).test, window))
 
 
 def correction(config: PruningConfig | FineTuningConfig, root: str | Path, host: str) -> float | None:

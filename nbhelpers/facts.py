@@ -323,11 +323,14 @@ def choices_score_as_alone(model: nn.Module, questions: Sequence[scoring.Questio
 
 def texts_are_disjoint(corpus: data.Corpus) -> Fact:
     shared = data.overlap(corpus)
+    found = f"{shared} of {len(corpus.test)} shared"
+    if corpus.left_out is not None:
+        found += f", {corpus.left_out} left out of the training text beforehand"
     return Fact(
         "test_text_was_not_trained_on",
         shared == 0,
         "no test document stands in the training or validation text",
-        f"{shared} of {len(corpus.test)} shared",
+        found,
         {"shared": shared},
     )
 

@@ -13,7 +13,20 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from nbhelpers import attention, compact, data, estimates, facts, instructions, memory, models, ranks, runtime, training
+from nbhelpers import (
+    attention,
+    compact,
+    data,
+    estimates,
+    facts,
+    instructions,
+    memory,
+    models,
+    ranks,
+    runtime,
+    tasks,
+    training,
+)
 from nbhelpers.architecture import is_supported
 from nbhelpers.registry import unknown
 from nbhelpers.stages import FACT_ROWS, VALIDATION_WINDOWS, StagedExperiment, check_window, shown
@@ -31,7 +44,8 @@ class FineTuningConfig(StrictConfig):
     model: str = Field("tiny-gpt2", description="bundled name, local folder, run directory or hub id")
     data: str = Field(
         "bundled",
-        description="bundled, bundled-instructions, a .txt or .jsonl file (text, or prompt and completion), or hub",
+        description="bundled, bundled-instructions, a .txt or .jsonl file (text, or prompt and completion), hub, "
+        "or a task: task:boolq (hub), task:boolq:bundled, task:boolq:FILE",
     )
     method: Literal["full", "lora", "qlora"] = Field(
         "full", description="train all weights, low-rank adapters, or adapters on the model in 4 bits"
@@ -162,7 +176,7 @@ class FineTuningExperiment(StagedExperiment):
         if config.control is not None:
             check_window(window, models.load_config(config.control))
             _same_tokens(tokenizer, models.load_tokenizer(config.control), config)
-        corpus = instructions.load_corpus(config.data)
+        corpus = tasks.load_corpus(config.data)
         rows = {part: data.rows(tokenizer, getattr(corpus, part), window) for part in ("train", "validation", "test")}
         return tokenizer, corpus, window, rows
 

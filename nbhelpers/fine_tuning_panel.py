@@ -26,6 +26,7 @@ from nbhelpers import (
     plots,
     plots_training,
     runtime,
+    tasks,
 )
 from nbhelpers.fine_tuning import PRESETS, FineTuningConfig, FineTuningExperiment, from_preset, required_memory
 from nbhelpers.panel import guarded
@@ -122,7 +123,8 @@ class FineTuningPanel(StagedPanel):
 
     def choices(self) -> dict[str, list[str]]:
         offered = super().choices()
-        return offered | {"data": [instructions.BUNDLED, *TEXTS], "control": offered["model"]}
+        bundled = [f"{tasks.SOURCE}{name}:{tasks.BUNDLED}" for name in sorted(tasks.TASKS)]
+        return offered | {"data": [instructions.BUNDLED, *bundled, *TEXTS], "control": offered["model"]}
 
     def above_form(self) -> list:
         return [self.choice_box]

@@ -263,3 +263,15 @@ def test_the_mask_marks_real_tokens_also_those_with_id_zero_or_the_pad_id():
     assert batch["input_ids"].tolist() == [[0, 5, 0, 0, 0], [7, 0, 0, 299, 299]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[0, 5, 0, -100, -100], [7, 0, 0, 299, 299]]
+
+
+@pytest.mark.data
+def test_a_completion_has_the_tokens_that_scoring_asks_for_also_where_a_text_begins_with_a_mark(data_dir):
+    """Tokenised by itself, ` yes` would begin with a mark of its own that stands nowhere within a text."""
+    from nbhelpers import models, scoring
+
+    tokenizer = models.load_tokenizer(str(data_dir / "models" / "stories260K-hf"))
+    row = data.completion_row(tokenizer, Document(" yes", prompt="Is it so?\nAnswer:"), window=64)
+    asked = scoring.question(tokenizer, "Is it so?\nAnswer:", [" yes"])
+    assert tuple(row["input_ids"][: row["prompt_length"]].tolist()) == asked.context
+    assert tuple(row["input_ids"][row["prompt_length"] : -1].tolist()) == asked.choices[0]

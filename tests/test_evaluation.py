@@ -235,7 +235,7 @@ def test_a_mask_through_which_choices_see_each_other_is_a_violation(model_folder
         ({"task": "hellasawg"}, LookupError, "Did you mean 'hellaswag'"),
         ({"data": "nothing.jsonl"}, LookupError, "nothing.jsonl"),
         ({"model": "tiny-lama"}, LookupError, "Did you mean 'tiny-llama'"),
-        ({"task": "gsm8k"}, ValueError, "needs a string field 'question'"),
+        ({"task": "gsm8k"}, ValueError, "needs a field 'question'"),
     ],
 )
 def test_what_cannot_run_is_said_before_a_run_directory_exists(changes, error, message, stories, tmp_path):

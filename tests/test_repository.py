@@ -33,7 +33,8 @@ LEVELS = {
     1: "models predictions adapters packing losses compact architecture catalogue attention data instructions "
     "task_files memory estimates colab machine",
     0: "__init__ registry strict errors ranks records redaction runlock runlog runs collection tables tracking runtime "
-    "stats curves generated generated_words generated_tasks run_config manifest linefile summaries experiment_log exports",
+    "stats curves generated generated_words generated_tasks run_config manifest linefile summaries experiment_log "
+    "exports",
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py"))}
