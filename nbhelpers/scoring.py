@@ -20,9 +20,12 @@ from torch import nn
 from nbhelpers import attention, losses, memory, models
 from nbhelpers.tracking import Interrupted
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # padded tokens of a pass
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # most padded tokens of a pass
+ACTIVATION_BYTES = 6 * 2**20  # on a CPU, of the widest activation: more falls out of its cache, and is slower
 BRANCH_TOKENS = 512  # more than this after a context, and its keys and values are kept while branches pass by in parts
 UNLIMITED = 2048  # tokens of a text where neither config nor tokenizer name a limit, as in the harness
+
+Seen = tuple[float, bool]  # log-probability of a token in nats, and whether it is the likeliest
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,33 @@ def question(tokenizer, context: str, choices: Sequence[str]) -> Question:
         return _without_context(tokenizer, choices)
     stripped = context.rstrip()
     spaces = context[len(stripped) :]
-    ids = tokenizer(stripped)["input_ids"]
-    texts = [stripped + spaces + choice for choice in choices]
-    wholes = tokenizer(texts)["input_ids"]
+    ids, *wholes = encode(tokenizer, [stripped, *(stripped + spaces + choice for choice in choices)])
     found = tuple(tuple(whole[len(ids) :]) for whole in wholes)
     return _checked(Question(tuple(ids), found), choices)
 
 
+def first_token(tokenizer) -> int | None:
+    """What stands before a text's first token: BOS, else EOS."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, as the tokenizer begins texts; one that is written with its BOS gets no second one."""
+    if not texts:
+        return []
+    start = first_token(tokenizer)
+    written = "" if start is None else tokenizer.decode([start])
+    begun = [bool(written) and text.startswith(written) for text in texts]
+    if not any(begun):
+        return tokenizer(list(texts))["input_ids"]
+    return [
+        tokenizer(text, **({"add_special_tokens": False} if bare else {}))["input_ids"]
+        for text, bare in zip(texts, begun, strict=True)
+    ]
+
+
 def _without_context(tokenizer, choices: Sequence[str]) -> Question:
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = first_token(tokenizer)
     found = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
     found = [ids[1:] if ids[:1] == [start] else ids for ids in found]
     return _checked(Question((start,), tuple(map(tuple, found))), choices)
@@ -153,9 +174,23 @@ def loglikelihoods(
 
     model: in evaluation mode. When memory ends, a pass is split. Interrupted after should_stop, between passes.
     """
+    for number, values, _ in judged(model, questions, batch_tokens=batch_tokens, should_stop=should_stop):
+        yield number, values
+
+
+@torch.inference_mode()
+def judged(
+    model: nn.Module,
+    questions: Sequence[Question],
+    *,
+    batch_tokens: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Iterator[tuple[int, list[float], list[bool]]]:
+    """(number, log-likelihoods, whether the model would have written the choice) as `loglikelihoods` says."""
     device = next(model.parameters()).device
-    limit, budget = longest_text(model), batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    limit, budget = longest_text(model), batch_tokens or fast_tokens(model, device.type)
     found = [[0.0] * len(asked.choices) for asked in questions]
+    greedy = [[True] * len(asked.choices) for asked in questions]
     shared = attention.is_installed(model)  # else it is not known how the model attends
     grown = [tree for number, asked in enumerate(questions) for tree in trees(asked, number, limit, shared)]
     left = [0] * len(questions)
@@ -165,11 +200,22 @@ def loglikelihoods(
         if should_stop is not None and should_stop():
             raise Interrupted("stopped between two passes")
         for tree, values in zip(batch, _pass(model, batch, device), strict=True):
-            for (_, _, choice), value in zip(tree.wanted, values, strict=True):
+            for (_, _, choice), (value, likeliest) in zip(tree.wanted, values, strict=True):
                 found[tree.of][choice] += value
+                greedy[tree.of][choice] &= likeliest
             left[tree.of] -= 1
             if not left[tree.of]:
-                yield tree.of, found[tree.of]
+                yield tree.of, found[tree.of], greedy[tree.of]
+
+
+def fast_tokens(model: nn.Module, kind: str) -> int:
+    """Padded tokens of a pass, by what is fastest: passes larger than the caches cost a CPU up to twice the time."""
+    if kind != "cpu":
+        return BATCH_TOKENS.get(kind, BATCH_TOKENS["cpu"])
+    text = model.config.get_text_config()
+    inner = [getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    widest = next(filter(None, inner), 4 * text.hidden_size)
+    return max(256, min(BATCH_TOKENS["cpu"], ACTIVATION_BYTES // (4 * widest)))
 
 
 def _batches(grown: list[Tree], budget: int) -> Iterator[list[Tree]]:
@@ -188,8 +234,8 @@ def _batches(grown: list[Tree], budget: int) -> Iterator[list[Tree]]:
         yield batch
 
 
-def _pass(model: nn.Module, batch: list[Tree], device: torch.device) -> list[list[float]]:
-    """Log-probabilities of each tree's wanted tokens. Out of memory: the halves one after the other."""
+def _pass(model: nn.Module, batch: list[Tree], device: torch.device) -> list[list[Seen]]:
+    """What is seen of each tree's wanted tokens. Out of memory: the halves one after the other."""
     try:
         large = len(batch) == 1 and len(batch[0]) - batch[0].trunk > BRANCH_TOKENS
         if large and batch[0].branches and _keeps_keys(model):
@@ -205,7 +251,7 @@ def _pass(model: nn.Module, batch: list[Tree], device: torch.device) -> list[lis
     return _pass(model, batch[:half], device) + _pass(model, batch[half:], device)
 
 
-def _at_once(model: nn.Module, batch: list[Tree], device: torch.device) -> list[list[float]]:
+def _at_once(model: nn.Module, batch: list[Tree], device: torch.device) -> list[list[Seen]]:
     longest = max(len(tree) for tree in batch)
     tokens, positions = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(2))
     end = torch.arange(1, longest + 1).repeat(len(batch), 1)  # padding sees itself
@@ -223,7 +269,7 @@ def _at_once(model: nn.Module, batch: list[Tree], device: torch.device) -> list[
     places = [(row, place) for row, tree in enumerate(batch) for place in sorted({at for at, _, _ in tree.wanted})]
     number = {place: at for at, place in enumerate(places)}
     wanted = [(number[row, place], token) for row, tree in enumerate(batch) for place, token, _ in tree.wanted]
-    values = iter(losses.log_probabilities(model, inputs, places, wanted))
+    values = zip(*losses.log_probabilities(model, inputs, places, wanted), strict=True)
     return [[next(values) for _ in tree.wanted] for tree in batch]
 
 
@@ -232,12 +278,12 @@ def _keeps_keys(model: nn.Module) -> bool:
     return attention.is_installed(model) and not attention.windows(model)
 
 
-def _in_parts(model: nn.Module, tree: Tree, device: torch.device) -> list[float]:
+def _in_parts(model: nn.Module, tree: Tree, device: torch.device) -> list[Seen]:
     """The context once, its keys and values kept, then the branches, about BRANCH_TOKENS tokens at a time."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    found: list[float | None] = [None] * len(tree.wanted)
+    found: list[Seen | None] = [None] * len(tree.wanted)
     trunk = tree.trunk
 
     def run(start: int, stop: int) -> None:
@@ -254,8 +300,8 @@ def _in_parts(model: nn.Module, tree: Tree, device: torch.device) -> list[float]
         number = {place: n for n, place in enumerate(places)}
         wanted = [(number[tree.wanted[n][0]], tree.wanted[n][1]) for n in here]
         values = losses.log_probabilities(model, inputs, [(0, place - start) for place in places], wanted)
-        for n, value in zip(here, values, strict=True):
-            found[n] = value
+        for n, *seen in zip(here, *values, strict=True):
+            found[n] = tuple(seen)
         if start:
             cache.crop(start - stop)  # negative: that many tokens go
 

@@ -101,6 +101,37 @@ def test_small_batches_and_the_lack_of_memory_change_nothing(tokenizer):
     assert written(model, tokenizer, PROMPTS, max_new_tokens=12) == whole
 
 
+@pytest.mark.parametrize("slack", [1, 64])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_new_prompt_takes_the_place_of_a_row_that_is_done(kind, slack, tokenizer, monkeypatch):
+    monkeypatch.setattr(generation, "SLACK", slack)  # little room: what nobody sees is dropped often
+    model, sizes = built(kind), []
+    prompts = [f"{prompt} {word}" for prompt in PROMPTS for word in ("and", "has the bell", "the red coat . Leo", "")]
+    whole = written(model, tokenizer, prompts, max_new_tokens=40, batch_rows=1)
+    pieces = (text[at : at + 2] for text in whole for at in range(3, len(text) - 2, 9))
+    stops = [piece for piece in dict.fromkeys(pieces) if piece.isascii() and piece.isprintable()][:4]
+    expected = list(whole)
+    for stop in stops:
+        expected = [text.split(stop)[0] for text in expected]
+    model.register_forward_pre_hook(lambda _m, _a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    assert written(model, tokenizer, prompts, max_new_tokens=40, batch_rows=3, stops=stops) == expected
+    assert whole != expected and max(rows for rows, _ in sizes) == 3
+    steps = [rows for rows, tokens in sizes if tokens == 1]
+    first = [tokens > 1 for _, tokens in sizes].index(False)
+    assert any(tokens > 1 for _, tokens in sizes[first:]) and steps[-1] <= 3
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected]
+    assert len(set(lengths)) > 2, "texts of different lengths"
+
+
+def test_prompts_are_read_as_many_at_a_time_as_is_fast(tokenizer, monkeypatch):
+    model, sizes = built("llama"), []
+    whole = written(model, tokenizer, PROMPTS, max_new_tokens=8)
+    monkeypatch.setattr(generation.scoring, "fast_tokens", lambda model, kind: 1)
+    model.register_forward_pre_hook(lambda _m, _a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    assert written(model, tokenizer, PROMPTS, max_new_tokens=8) == whole
+    assert [rows for rows, _ in sizes[:6]] == [1, 1, 1, 1, 1, 5]
+
+
 def test_keys_and_values_are_written_in_place(tokenizer):
     cache = generation._cache(built("llama"), 8)
     layer = cache.layers[0]
