@@ -17,10 +17,7 @@ COMMANDS = {
     "perplexity": ("perplexity of a model on a text file", "commands.perplexity"),
     "prune-heads": ("close attention heads, fine-tune, and say what it cost", "commands.prune_heads"),
     "finetune": ("fine-tune a model, wholly or by LoRA; resumes after a kill", "commands_training.finetune"),
-    "evaluate": (
-        "a model on a task: BoolQ, HellaSwag, GSM8K, as the harness scores them",
-        "commands_evaluation.evaluate",
-    ),
+    "evaluate": ("BoolQ, HellaSwag, GSM8K, as the harness scores them", "commands_evaluation.evaluate"),
     "generate": ("let a model continue a text", "commands.generate"),
     "notebooks run": ("execute notebooks headless and collect what they found", "commands.notebooks_run"),
     "notebooks refresh": (

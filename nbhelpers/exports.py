@@ -140,6 +140,8 @@ def _wandb_run(wandb: Any, run: Run, out: Path, project: str, identity: str) -> 
         yield target
     finally:
         target.finish()
+        if wandb.run is None:  # its service closes the file on its way out: until then what was logged may be in memory
+            wandb.teardown()
 
 
 @contextlib.contextmanager
