@@ -31,13 +31,13 @@ check: .venv/.installed  ## style only: formatting and lint
 	$(BIN)/ruff check .
 
 unit: .venv/.installed  ## unit tests without the slow tier
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT)
+	NBHELPERS_REQUIRE_LMEVAL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT)
 
 nbval: .venv/.installed  ## compare the committed notebooks with a fresh execution, cell by cell
 	$(if $(NOTEBOOKS),HF_HUB_OFFLINE=1 NBHELPERS_HEADLESS=1 $(BIN)/python -m pytest -q $(NBVAL) $(NOTEBOOKS),@echo "no notebooks yet")
 
 test-slow: .venv/.installed $(COLAB)/.installed  ## the slow tier, then the unit tests under Colab's versions
-	$(BIN)/python -m pytest -q -m "slow and not soak"
+	NBHELPERS_REQUIRE_LMEVAL=1 $(BIN)/python -m pytest -q -m "slow and not soak"
 	NBHELPERS_REQUIRE_BROWSER=0 OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest $(UNIT)
 	$(COLAB)/bin/python -m pytest -q -m "slow and not soak" tests/test_colab_stack.py
 

@@ -52,8 +52,11 @@ def unload(model: nn.Module) -> None:
     model.__dict__.pop("peft_config", None)
 
 
-def save(model: nn.Module, folder: Path) -> None:
-    """Write the adapters of a model as PEFT does, and beside them what they belong on (ValueError: unknown)."""
+def save(model: nn.Module, folder: Path, files: str | None = None) -> None:
+    """Write the adapters of a model as PEFT does, and beside them what they belong on (ValueError: unknown).
+
+    files: sha256 over the files of the model below, None for a hub model.
+    """
     from safetensors.torch import save_file
 
     below = getattr(model, "nbhelpers_loaded", None)
@@ -67,7 +70,7 @@ def save(model: nn.Module, folder: Path) -> None:
         PREFIX + name.replace(".default", ""): tensor.detach().cpu().contiguous() for name, tensor in state.items()
     }
     save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
-    records.write_json(folder / BASE, {"format": FORMAT, **below})
+    records.write_json(folder / BASE, {"format": FORMAT, **below, "files": files})
 
 
 def base_of(folder: str | Path) -> dict | None:
@@ -80,7 +83,7 @@ def base_of(folder: str | Path) -> dict | None:
     content = records.read_json(folder / BASE)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{str(folder / BASE)!r} has another format than {FORMAT}; copy the model again")
-    return {name: content.get(name) for name in ("model", "quantization", "dtype")}
+    return {name: content.get(name) for name in ("model", "quantization", "dtype", "files")}
 
 
 def put_on(model: nn.Module, folder: str | Path) -> None:
@@ -90,8 +93,14 @@ def put_on(model: nn.Module, folder: str | Path) -> None:
 
     with safe_open(str(Path(folder) / WEIGHTS), "pt") as file:
         names = set(file.keys())
-    with quiet_peft():
-        PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    try:
+        with quiet_peft():
+            PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (RuntimeError, ValueError) as error:
+        unload(model)
+        raise ValueError(
+            f"the adapters in {str(folder)!r} do not fit the model: {str(error).splitlines()[0]}"
+        ) from error
     there = {PREFIX + name.replace(".default", "") for name in model.state_dict() if ".lora_" in name}
     if names != there:
         raise ValueError(f"the adapters in {str(folder)!r} do not fit the model: {sorted(names ^ there)[:3]} differ")

@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import nn
 
 from nbhelpers import (
-    adapters,
     answers,
     facts,
     generation,
@@ -36,6 +35,7 @@ from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 FORMAT = 1  # of the code that makes answers: a new number makes every cached answer an old one
 PARTIAL = "predictions.partial.jsonl"  # answers in the order in which they are given, until all are there
 CACHE = ".predictions"  # folder beside the run directories
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")  # whose versions may change an answer
 CHECKED = 2  # documents that are scored a second time, each choice alone
 
 
@@ -107,6 +107,13 @@ def questions(task: str, data, *, shots, shots_data, limit, lenient=False) -> tu
     pool = None
     if wanted and (shots_data is not None or data is None or str(data) == tasks.BUNDLED):
         pool = tasks.read(task, data if shots_data is None else shots_data, "train", lenient=lenient)
+        asked = {rows.task.prompt(row.fields) for row in rows.rows}
+        both = sum(rows.task.prompt(row.fields) in asked for row in pool.rows)
+        if both:
+            raise ValueError(
+                f"{both} rows of {pool.source!r} are asked too, so their solutions would stand among the shots; give "
+                "other --shots-data, or --shots 0"
+            )
     return rows, tasks.documents(rows, shots=shots, shots_rows=pool, limit=limit)
 
 
@@ -228,6 +235,8 @@ class EvaluationExperiment:
         """
         runtime.check_supported()
         models.load_config(config.model)
+        if config.adapter is not None:
+            models.check_adapters(config.adapter)
         rows, asked = questions(
             config.task,
             config.data,
@@ -239,7 +248,7 @@ class EvaluationExperiment:
         identity = _identity(config, rows, asked)
         record = ExperimentConfig(kind="evaluation", **config.model_dump())
         with ExperimentTracker(record, root, run_dir=run_dir, resume=resume, command=command) as tracker:
-            tracker.set_fingerprints(documents=identity["documents"])
+            tracker.set_fingerprints(documents=identity["documents"], answers=records.sha256_json(identity))
             result = _run(config, tracker, rows, asked, identity, progress, should_stop)
             tracker.finish(result)
         return result
@@ -258,7 +267,7 @@ def _identity(config: EvaluationConfig, rows: tasks.Rows, asked: Sequence[tasks.
         "dtype": config.dtype,
         "quantization": config.quantization,
         "device": device.split(":")[0],
-        "libraries": {name: runtime.library_versions().get(name) for name in ("torch", "transformers")},
+        "libraries": {name: runtime.library_versions().get(name) for name in LIBRARIES},
     }
 
 
@@ -266,49 +275,54 @@ def _run(config, tracker: ExperimentTracker, rows, asked, identity, progress, sh
     tell = progress or (lambda now: None)
     folder = tracker.run_dir
     known = identity["model"] is not None and (config.adapter is None or identity["adapter"] is not None)
-    cached = folder.parent / CACHE / f"{records.sha256_json(identity)}.jsonl" if config.cache and known else None
-    lines = _from_before(cached, asked)
-    checked, used, speed = [], None, None
-    if lines is None:
-        lines, checked, used, speed = _answer(config, folder, rows, asked, tell, should_stop)
-        if cached is not None:
-            records.write_atomic(_made(cached), _as_lines(lines))
-    came = "measured" if speed is not None else "cached"
+    cached = folder.parent / CACHE / f"{records.sha256_json(identity)}.json" if config.cache and known else None
+    before, used, speed = _from_before(cached, asked), None, None
+    if before is None:
+        lines, checked, precision, used, speed = _answer(config, tracker, rows, asked, tell, should_stop)
+        checked = [fact.as_dict() for fact in checked]
+        if cached is not None and all(fact["ok"] for fact in checked):
+            _made(cached)
+            records.write_json(cached, {"lines": lines, "facts": checked, "precision": precision})
+    else:
+        lines, checked, precision = before["lines"], before["facts"], before["precision"]
+    came = "measured" if before is None else "cached"
     tracker.event("answers", came=came, documents=len(lines))
     records.write_atomic(folder / predictions.FILE, _as_lines(lines))
     (folder / PARTIAL).unlink(missing_ok=True)
     found = measures(lines, rows.task.metrics)
-    protocol = tasks.protocol(rows, config.shots) | {"dtype": config.dtype, "quantization": config.quantization}
+    protocol = tasks.protocol(rows, config.shots) | precision
     return {
         "kind": "evaluation",
         "model": config.model,
         "task": config.task,
         "protocol": protocol | {"came": came, "device": identity["device"]},
         **found,
-        "problems": list(rows.problems),
+        "problems": [problem.split(", got ")[0] for problem in rows.problems],  # places and rules, no text of users
         "documents_per_second": speed,
         "memory": used,
-        "facts": [fact.as_dict() for fact in checked],
-        "all_facts_hold": all(fact.ok for fact in checked),
+        "facts": checked,
+        "all_facts_hold": all(fact["ok"] for fact in checked),
         "verdict": verdict(config, rows, found),
         "run_dir": str(folder),
     }
 
 
-def _answer(config, folder: Path, rows, asked, tell, should_stop):
-    """(lines in order, facts, memory, documents a second), answers of an earlier attempt taken over."""
-    lines: list[dict | None] = [None] * len(asked)
-    for line in records.read_lines(folder / PARTIAL)[0] if (folder / PARTIAL).exists() else []:
-        lines[line["number"]] = records.restore(line["answer"])
-    left = [number for number, line in enumerate(lines) if line is None]
+def _answer(config, tracker: ExperimentTracker, rows, asked, tell, should_stop):
+    """(lines in order, facts, precision, memory, documents a second), answers of an earlier attempt taken over."""
+    folder, lines = tracker.run_dir, [None] * len(asked)
     tell({"stage": "loading", "model": config.model})
     with memory.peak() as used:
         loaded = models.load_model(
             config.model, device=config.device, dtype=config.dtype, quantization=config.quantization
         )
         if config.adapter is not None:
-            adapters.put_on(loaded.model, models.locate(config.adapter)[1])
-        checked = _facts(loaded, rows.task, asked)
+            models.put_adapters(loaded.model, config.adapter)
+        if models.locate(config.model)[0] == "hub":  # else the files were compared before
+            tracker.set_fingerprints(model=models.fingerprint(loaded.model))
+        for line in records.read_lines(folder / PARTIAL)[0] if (folder / PARTIAL).exists() else []:
+            lines[line["number"]] = records.restore(line["answer"])
+        left = [number for number, line in enumerate(lines) if line is None]
+        checked, precision = _facts(loaded, rows.task, asked), precision_of(loaded.model)
         started, before = time.perf_counter(), len(asked) - len(left)
         try:
             for number, line in answered(
@@ -328,7 +342,7 @@ def _answer(config, folder: Path, rows, asked, tell, should_stop):
         seconds = time.perf_counter() - started
         memory.release(loaded.model)
     taken = {"resident_grown_bytes": used.resident_grown, "cuda_peak_bytes": used.cuda_peak}
-    return lines, checked, taken, len(left) / seconds if left else 0.0
+    return lines, checked, precision, taken, len(left) / seconds if left else 0.0
 
 
 def _facts(loaded: models.LoadedModel, task: tasks.Task, asked: Sequence[tasks.Asked]) -> list[facts.Fact]:
@@ -338,12 +352,16 @@ def _facts(loaded: models.LoadedModel, task: tasks.Task, asked: Sequence[tasks.A
     return [facts.choices_score_as_alone(loaded.model, few)]
 
 
-def _from_before(cached: Path | None, asked: Sequence[tasks.Asked]) -> list[dict] | None:
-    """Answers made before of the same weights to the same documents, or None."""
+def _from_before(cached: Path | None, asked: Sequence[tasks.Asked]) -> dict[str, Any] | None:
+    """{lines, facts, precision} of answers made before by the same weights to the same documents, or None."""
     if cached is None or not cached.is_file():
         return None
-    lines, torn = records.read_lines(cached)
-    return None if torn or len(lines) != len(asked) else [records.restore(line) for line in lines]
+    try:
+        found = records.read_json(cached)
+        found["lines"] = [records.restore(line) for line in found["lines"]]
+    except (ValueError, KeyError, TypeError):  # torn or of another make
+        return None
+    return found if len(found["lines"]) == len(asked) else None
 
 
 def _made(path: Path) -> Path:

@@ -62,7 +62,8 @@ def continuations(
         raise ValueError(f"prompt {empty} has no tokens; give at least one word")
     rows.sort(key=lambda row: (-len(row.prompt), row.number))
     ends = _end_tokens(model, tokenizer)
-    stops = [*dict.fromkeys([*filter(None, stops), *(tokenizer.decode([end]) for end in ends)])]
+    named = [tokenizer.decode([end]) for end in ends if end in tokenizer.all_special_ids]
+    stops = [*dict.fromkeys([*filter(None, stops), *filter(None, named)])]
     size = batch_rows or _batch_rows(model, len(rows[0].prompt) + max_new_tokens) if rows else 1
     told: set[int] = set()
     while True:

@@ -107,7 +107,10 @@ def has_plain_head(model: nn.Module) -> bool:
     inner = _inner(model)
     head = inner.get_output_embeddings()
     hooked = head is None or "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks
-    scaled = any(getattr(inner.config, name, None) not in (None, 1, 1.0) for name in RESCALED)
+    text = inner.config.get_text_config()
+    changed = [name for name in vars(text) if name in RESCALED or "softcap" in name or "soft_cap" in name]
+    changed = [name for name in changed if not name.startswith("attn")]
+    scaled = any(getattr(text, name) not in (None, 1, 1.0) for name in changed)
     return type(head) is nn.Linear and not hooked and not scaled
 
 

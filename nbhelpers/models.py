@@ -162,12 +162,49 @@ def _load_adapted(name: str, location: str, below: dict, device: str, dtype: str
         )
     known = below.get("dtype") or "auto" if dtype == "stored" else dtype
     model = load_model(_below(name, below), device=device, dtype=known, quantization=below["quantization"]).model
-    with _clear_errors(name, "folder", "adapters"):
+    put_adapters(model, name)
+    return LoadedModel(model, load_tokenizer(name), str(name), "folder")
+
+
+def check_adapters(folder: str) -> dict:
+    """What a folder of adapters belongs on; ValueError for one that holds none. No weights are read."""
+    source, location = locate(folder)
+    below = adapters.base_of(location) if source == "folder" else None
+    if below is None:
+        raise ValueError(f"adapter must be a local folder with {adapters.CONFIG}, got {folder!r}")
+    return below
+
+
+def put_adapters(model: nn.Module, folder: str) -> None:
+    """Put the adapters of a folder on a model from load_model, in place, its closed heads too.
+
+    ValueError where the model carries others already, is quantised otherwise than the one they were trained on, holds
+    other weights than it did then, or has other shapes.
+    """
+    below, location, loaded = check_adapters(folder), locate(folder)[1], getattr(model, "nbhelpers_loaded", {})
+    if adapters.are_on(model):
+        raise ValueError("the model carries adapters already; name the model that they were made on")
+    if "files" in below and loaded.get("quantization") != below["quantization"]:
+        raise ValueError(
+            f"the adapters of {folder!r} belong on a model with quantization {below['quantization']!r}, this one was "
+            f"loaded with {loaded.get('quantization')!r}"
+        )
+    files = _files_sha256(loaded["model"]) if below.get("files") and "model" in loaded else None
+    if files is not None and files != below["files"]:
+        raise ValueError(
+            f"the adapters of {folder!r} were trained on other weights than {loaded['model']!r} holds (they were on "
+            f"{below['model']!r}); load the model as it was then"
+        )
+    with _clear_errors(folder, "folder", "adapters"):
         adapters.put_on(model, location)
     model.eval()
     if is_supported(model):
         load_gates(model, location)
-    return LoadedModel(model, load_tokenizer(name), str(name), "folder")
+
+
+def _files_sha256(name: str) -> str | None:
+    found = files_fingerprint(name)
+    return None if found is None else records.sha256_json(found)
 
 
 def _below(name: str, below: dict) -> str:
@@ -201,8 +238,21 @@ def load_tokenizer(name: str):
             if type(error) is Exception:  # what the tokenizers library raises for a file it cannot read
                 raise ValueError(str(error)) from error
             raise
+    if _ends_texts(tokenizer):
+        tokenizer.add_eos_token = False
+        if _ends_texts(tokenizer):
+            raise ValueError(
+                f"the tokenizer of {name!r} ends every text with its end token, so nothing could follow one; save "
+                "it with add_eos_token=False"
+            )
     tokenizer.model_max_length = int(1e30)  # windows are cut by data.py; no warning about long texts
     return tokenizer
+
+
+def _ends_texts(tokenizer) -> bool:
+    """Whether it puts an end token after every text by itself."""
+    ids = tokenizer("a")["input_ids"]
+    return len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
 
 
 def _quantization(kind: Quantization, compute: torch.dtype):
@@ -292,7 +342,8 @@ def save_model(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     try:
         beside.mkdir(parents=True)
         if adapted:
-            adapters.save(model, beside)
+            below = getattr(model, "nbhelpers_loaded", None)
+            adapters.save(model, beside, below and _files_sha256(below["model"]))
         else:
             model.save_pretrained(beside, state_dict=state)
         tokenizer.save_pretrained(beside)
@@ -376,7 +427,7 @@ def files_fingerprint(name: str) -> dict[str, str] | None:
     found = {} if below is None else files_fingerprint(below["model"])
     if found is None:
         return None
-    files = sorted(path for path in Path(location).iterdir() if path.suffix in (".json", ".safetensors", ".txt"))
+    files = sorted(path for path in Path(location).iterdir() if path.is_file())
     return {f"below/{key}": value for key, value in found.items()} | {f.name: records.sha256_known(f) for f in files}
 
 

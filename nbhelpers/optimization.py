@@ -71,17 +71,30 @@ def scored_tokens(row: dict[str, torch.Tensor]) -> int:
     return int((row["labels"][1:] != data.IGNORED).sum())
 
 
-def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def copied(tensors: dict[str, torch.Tensor], into: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Copies on the CPU; into: an earlier copy whose memory is used again, if it has the same names and shapes."""
+    fits = into is not None and {n: t.shape for n, t in into.items()} == {n: t.shape for n, t in tensors.items()}
+    if fits:
+        for name, tensor in tensors.items():
+            into[name].copy_(tensor.detach())
+        return into
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def copied_tree(tree: Any) -> Any:
-    """The same nested dicts and lists with all tensors copied to the CPU."""
+def copied_tree(tree: Any, into: Any = None) -> Any:
+    """The same nested dicts and lists with all tensors copied to the CPU; into: an earlier copy, whose memory is used
+    again where it fits."""
     if isinstance(tree, torch.Tensor):
+        if isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (tree.shape, tree.dtype):
+            return into.copy_(tree.detach())
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
-        return {key: copied_tree(value) for key, value in tree.items()}
-    return [copied_tree(value) for value in tree] if isinstance(tree, list) else tree
+        old = into if isinstance(into, dict) else {}
+        return {key: copied_tree(value, old.get(key)) for key, value in tree.items()}
+    if isinstance(tree, list):
+        old = into if isinstance(into, list) and len(into) == len(tree) else [None] * len(tree)
+        return [copied_tree(value, before) for value, before in zip(tree, old, strict=True)]
+    return tree
 
 
 @torch.no_grad()

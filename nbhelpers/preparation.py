@@ -63,8 +63,11 @@ def _check_quantisation(model: nn.Module, method: str) -> None:
     packed = any(type(module).__name__ == "Linear4bit" for module in model.modules())
     if method == "qlora" and not packed:
         raise ValueError("method 'qlora' trains adapters on 4-bit weights; load the model with quantization='4bit'")
-    if method == "qlora" and adapters.are_on(model):
-        raise ValueError("the model already carries adapters; fine-tune the model they were made on")
+    if adapters.are_on(model):
+        raise ValueError(
+            "the model carries adapters, which training would drop; merge them into it first, or fine-tune the model "
+            "they were made on"
+        )
     if method != "qlora" and getattr(model, "quantization_method", None) is not None:
         raise ValueError(
             f"method {method!r} cannot train 8- or 4-bit weights; load the model with quantization=None, or use 'qlora'"

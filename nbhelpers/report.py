@@ -66,13 +66,21 @@ def headline(run: Run) -> str:
     return run.result["verdict"] if run.result else f"{run.name}: {run.status}"
 
 
+def _holds_answers(path: Path) -> bool:
+    """Whether a file holds texts of the rows that were asked: they stay here."""
+    return path.name.startswith("predictions.") or path.parent.name == ".predictions"
+
+
 def archive(folder: str | Path, name: str = "results.zip") -> Path:
-    """Everything in `folder` as one zip in it; weights above 50 MB are left out and named in LEFT_OUT.txt."""
+    """Everything in `folder` as one zip in it; weights above 50 MB are left out and named in LEFT_OUT.txt.
+
+    Answers to rows of users (predictions) are left out too.
+    """
     folder = Path(folder)
     target, beside, left_out = folder / name, folder / f".{name}.part", []
     with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as bundle:
         for path in sorted(folder.rglob("*")):
-            if not path.is_file() or path in (target, beside):
+            if not path.is_file() or path in (target, beside) or _holds_answers(path):
                 continue
             inside = path.relative_to(folder).as_posix()
             if path.suffix == ".safetensors" and path.stat().st_size > LARGE_MODEL:

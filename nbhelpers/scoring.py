@@ -151,8 +151,20 @@ def _tree(context: Sequence[int], choices: dict[int, tuple[int, ...]], number: i
             tree.tokens.append(token)
             tree.positions.append(trunk + depth)
             tree.end.append(0)
-            grow(here, depth + 1, group)
+            if len(group) > 1:
+                grow(here, depth + 1, group)
+            else:
+                run_out(here, depth + 1, group[0])
             tree.end[here] = len(tree.tokens)
+
+    def run_out(place: int, depth: int, at: int) -> None:
+        """The rest of a choice that shares its tokens with no other: a line without branches, however long."""
+        rest, first = choices[at][depth:], len(tree.tokens)
+        places = [place, *range(first, first + len(rest) - 1)]
+        tree.wanted += [(where, token, at) for where, token in zip(places, rest, strict=True)]
+        tree.tokens += rest[:-1]
+        tree.positions += range(trunk + depth, trunk + depth + len(rest) - 1)
+        tree.end += [first + len(rest) - 1] * (len(rest) - 1)
 
     grow(trunk - 1, 0, sorted(choices))
     tree.end[:trunk] = [len(tree.tokens)] * trunk

@@ -132,6 +132,9 @@ class FineTuner(Trainer):
             self.rows, batch_sampler=batches, collate_fn=list, generator=torch.Generator().manual_seed(self.config.seed)
         )
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """The model stays where it was put: Trainer would take any GPU for the first one."""
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer counts all parameters anew for it in every step; nobody reads it
 
@@ -383,7 +386,7 @@ class FineTuner(Trainer):
         if state.best_validation_nll is None or nll < state.best_validation_nll:
             state.best_step, state.best_validation_nll, state.validations_since_best = state.step, nll, 0
             if self.config.keep_best:
-                self.best = copied(self.parameters)
+                self.best = copied(self.parameters, self.best)
         if state.bad_in_a_row == 0:
             self._keep_good_state()
         self._sample()
@@ -431,8 +434,12 @@ class FineTuner(Trainer):
         if self.progress.restored:  # it is restored once only
             self.good = None
             return
-        optimizer = copied_tree(self.optimizer.state_dict())
-        self.good = {"step": self.progress.step, "parameters": copied(self.parameters), "optimizer": optimizer}
+        old = self.good or {"parameters": None, "optimizer": None}  # its memory is used again: no second copy at a time
+        self.good = {
+            "step": self.progress.step,
+            "parameters": copied(self.parameters, old["parameters"]),
+            "optimizer": copied_tree(self.optimizer.state_dict(), old["optimizer"]),
+        }
 
     def _seconds(self) -> float:
         return self.earlier_seconds + time.perf_counter() - self.started

@@ -156,3 +156,11 @@ def test_activation_checkpointing_gives_the_same_losses(method, tmp_path):
         config = TrainingConfig(method=method, steps=3, batch_size=4, gradient_checkpointing=checkpointing)
         curves.append(fine_tune(model, ROWS, ROWS, config, output_dir=tmp_path).train_losses)
     assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_model_that_carries_adapters_is_not_trained_on(method, tuned, tmp_path):
+    model = models.load_model(tuned["model_dir"], device="cpu").model
+    with pytest.raises(ValueError, match="carries adapters, which training would drop|cannot train 8- or 4-bit"):
+        fine_tune(model, ROWS, ROWS, TrainingConfig(method=method, steps=1), output_dir=tmp_path)
+    assert adapters.are_on(model)

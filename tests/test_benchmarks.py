@@ -302,6 +302,142 @@ def test_in_the_committed_soak_every_killed_run_ended_like_the_one_that_was_not(
     assert (RESULTS / "soak.md").read_text(encoding="utf-8") == soak.markdown(measured)
 
 
+@pytest.fixture(scope="module")
+def evaluation():
+    return load("evaluation")
+
+
+def evaluated(model: str, task: str, ours: list[float], **peer: list[float]) -> dict:
+    rounds = {"nbhelpers": ours, **{name.removeprefix("b"): values for name, values in peer.items()}}
+    return {
+        "model": model,
+        "task": task,
+        "documents": 4,
+        "real_rows": True,
+        "tokens": {"context": 50, "ending": 30},
+        "rounds": rounds,
+        "difference": 2e-5 if task != "gsm8k" else 0.0,
+    }
+
+
+def test_evaluation_is_judged_beside_the_peer_at_its_fastest_and_says_where_it_is_slower(evaluation):
+    cells = [
+        evaluated("a shape", "hellaswag", [30, 20, 40], b1=[10, 10, 10], b64=[5, 5, 5]),
+        evaluated("a shape", "boolq", [10], b1=[10], b64=[5]),
+        evaluated("a shape", "gsm8k", [2], b6=[1]),
+        evaluated("stories260K", "boolq", [9], b1=[10]),
+    ]
+    memory = {
+        "nbhelpers": [{"before": 10, "peak": 11}],
+        "lm-eval hf": [{"before": 10, "peak": 14}],
+    }
+    ranked = {"labels": 2000, "ratio": {"median": 1.6, "low": 1.5, "high": 1.7}}
+    names = ("processor", "device", "threads", "precision", "torch", "transformers", "lm_eval")
+    found = evaluation.summarise(
+        {
+            "cells": cells,
+            "memory": {"model": "a shape", "rounds": memory},
+            "curve": {"model": "a shape", "documents": [[1, 0.5, 1.0]], "choices": [[2, 0.25, 2.0]]},
+            "labels": ranked,
+            "machine": dict.fromkeys(names, "x"),
+            "rounds": 3,
+            "not_measured": {"something": "no GPU here"},
+        }
+    )
+    first = found["cells"][0]
+    assert first["fastest"] == "1" and first["ratios"]["1"] == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert found["memory"]["ratio"]["median"] == 0.25
+    assert [one["met"] for one in found["targets"]] == [True, False, True, True, False]
+    said = evaluation.markdown(found)
+    assert "| a shape | HellaSwag | 4 | 10.00 (1), 5.00 (64) | 30.00 | 3.00 [2.00, 4.00] |" in said
+    assert "| stories260K | BoolQ | 4 | 10.00 (1) | 9.00 | 0.90 [0.90, 0.90] slower |" in said
+    assert said.count("NOT met.") == 2 and "Not measured: something (no GPU here)." in said
+    assert "| harness, seconds | 1.00 |" in said and "| nbhelpers, seconds | 0.25 |" in said
+
+
+@pytest.mark.slow
+def test_random_weights_write_texts_as_long_as_the_right_answers_on_both_sides(evaluation):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    model, tokenizer = evaluation.load(evaluation.TINY, None)
+    asked = evaluation.Documents(
+        contexts=[
+            f"Question: {word} has {n} bells and a red coat, and asks the dog. How many?\nAnswer:" * 2
+            for n, word in enumerate(["Jane", "Leo", "Rosa"])
+        ],
+        choices=[[], [], []],
+        answers=["one", "one and two and three", "a b"],
+        stops=("Question:",),
+        new_tokens=64,
+    )
+    lengths = [len(tokenizer(f" {answer}")["input_ids"]) for answer in asked.answers]
+    assert len(set(lengths)) > 1
+    with evaluation.as_long_as_the_right_answers(model, tokenizer, asked):
+        mine = evaluation.ours(model, tokenizer, asked)
+        theirs = evaluation.peer(model, tokenizer, asked, 2)
+    first = evaluation.FIRST
+    assert mine == theirs == [tokenizer.decode(range(first + n, first, -1)) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def measured_evaluation() -> dict:
+    return json.loads((RESULTS / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def test_the_readme_says_what_the_measured_evaluation_says(evaluation, measured_evaluation):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(evaluation.MARK)[1]
+    assert section.strip() == evaluation.markdown(measured_evaluation).strip()
+
+
+def test_both_models_were_evaluated_on_all_tasks_and_gave_the_harness_s_answers(evaluation, measured_evaluation):
+    cells = measured_evaluation["cells"]
+    shapes = (evaluation.GPT2.name, evaluation.STORIES.name)
+    assert {(cell["model"], cell["task"]) for cell in cells} == {(m, t) for m in shapes for t in evaluation.TASKS}
+    assert all(cell["difference"] <= (0 if cell["task"] == "gsm8k" else 1e-3) for cell in cells)
+    held, ranked = measured_evaluation["memory"], measured_evaluation["labels"]
+    assert ranked["labels"] == evaluation.LABELS
+    assert measured_evaluation["targets"] == evaluation.targets(cells, held, ranked)
+
+
+@pytest.fixture(scope="module")
+def parity():
+    return load("parity")
+
+
+@pytest.fixture(scope="module")
+def measured_parity() -> dict:
+    return json.loads((RESULTS / "parity.json").read_text(encoding="utf-8"))
+
+
+def test_the_readme_says_what_the_measured_parity_says(parity, measured_parity):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(parity.MARK)[1]
+    assert section.strip() == parity.markdown(measured_parity).strip()
+
+
+def test_every_model_gives_the_harness_s_answers_on_every_task(parity, measured_parity):
+    cells = measured_parity["cells"]
+    expected = {(name, task): rows for name in parity.model_names() for task, rows in parity.ROWS.items()}
+    assert {(cell["model"], cell["task"]): cell["rows"] for cell in cells} == expected
+    assert all(parity.equal(cell) and cell["equal"] and cell["flips"] == 0 for cell in cells)
+
+
+def test_the_table_of_parity_says_where_it_does_not_hold(parity):
+    right = {
+        "model": "a",
+        "task": "boolq",
+        "rows": 2,
+        "prompts_differ": 0,
+        "texts_differ": 0,
+        "delta": 1e-5,
+        "flips": 0,
+    }
+    right |= {"metrics": {"acc,none": [0.5, 0.5]}, "equal": True}
+    wrong = right | {"flips": 1, "metrics": {"acc,none": [0.5, 1.0]}, "equal": False}
+    said = parity.markdown({"cells": [right, wrong], "versions": {"lm_eval": "x"}})
+    assert "1 of 2 cells keep it" in said
+    assert "| a | boolq | 2 | 0 | 1.0e-05 | 0 | 0.5000 | 0.5000 |" in said
+    assert "| a | boolq | 2 | 0 | 1.0e-05 | 1 NOT equal | 0.5000 | 1.0000 |" in said
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.md")), ids=lambda path: path.stem)
 def test_every_measured_table_stands_in_the_readme_as_it_was_measured(path):
     assert path.read_text(encoding="utf-8").strip() in (ROOT / "README.md").read_text(encoding="utf-8")

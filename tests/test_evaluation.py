@@ -189,9 +189,40 @@ def test_whatever_decides_the_answers_makes_old_ones_useless(change, own_model, 
 
 def test_a_cached_file_that_is_torn_is_not_used(own_model, stories, tmp_path):
     assert came(config(own_model, stories), tmp_path) == "measured"
-    (path,) = (tmp_path / evaluation.CACHE).glob("*.jsonl")
+    (path,) = (tmp_path / evaluation.CACHE).glob("*.json")
     path.write_text(path.read_text()[:-20])
     assert came(config(own_model, stories), tmp_path) == "measured"
+
+
+def test_other_weights_under_the_same_name_do_not_go_on_with_old_answers(own_model, stories, tmp_path):
+    settings, done = config(own_model, stories, batch_tokens=1), []
+    with pytest.raises(Interrupted):
+        EvaluationExperiment.run(
+            settings, run_dir=tmp_path / "run", progress=done.append, should_stop=lambda: len(done) > 2
+        )
+    state = load_file(own_model / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"] * 1.5
+    save_file(state, own_model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="answers"):
+        EvaluationExperiment.run(settings, run_dir=tmp_path / "run", resume=True)
+
+
+def test_answers_of_a_run_whose_facts_failed_are_not_used_again(own_model, stories, tmp_path, monkeypatch):
+    visible = attention.visible
+    monkeypatch.setattr(attention, "visible", lambda m, mask, q, k: visible(m, torch.ones_like(mask).tril(), q, k))
+    results = [EvaluationExperiment.run(config(own_model, stories), run_dir=tmp_path / f"{n}") for n in (0, 1)]
+    assert [(r["all_facts_hold"], r["protocol"]["came"]) for r in results] == [(False, "measured")] * 2
+
+
+def test_cached_answers_come_with_the_facts_and_the_precision_they_were_made_with(own_model, stories, tmp_path):
+    first, second = (EvaluationExperiment.run(config(own_model, stories), run_dir=tmp_path / f"{n}") for n in (0, 1))
+    assert second["protocol"]["came"] == "cached" and second["facts"] == first["facts"] != []
+    assert second["protocol"]["dtype"] == first["protocol"]["dtype"] == "float32"
+
+
+def test_rows_that_are_asked_cannot_be_shots(model_folders, problems):
+    with pytest.raises(ValueError, match="4 rows of .* are asked too, so their solutions would stand among the shots"):
+        EvaluationExperiment.run(config(model_folders["llama"], problems, task="gsm8k", shots_data=str(problems)))
 
 
 # What can go wrong ----------------------------------------------------------------------------------------------------
@@ -263,3 +294,25 @@ def test_adapters_from_a_folder_are_put_on_the_model(own_model, stories, tmp_pat
     for one, other, without in zip(found, expected, plain["predictions"], strict=True):
         assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], abs=1e-4)
         assert one["loglikelihoods"] != pytest.approx(without["loglikelihoods"], abs=1e-4)
+
+
+def test_adapters_on_other_weights_others_and_folders_without_any_are_refused(own_model, stories, tmp_path):
+    loaded = models.load_model(str(own_model), device="cpu")
+    preparation.with_adapters(loaded.model, TrainingConfig(method="lora"))
+    models.save_model(loaded.model, loaded.tokenizer, tmp_path / "adapter")
+    settings = config(own_model, stories, adapter=str(tmp_path / "adapter"))
+    assert EvaluationExperiment.run(settings, run_dir=tmp_path / "fits")["n"] == 5
+    with pytest.raises(ValueError, match="carries adapters already"):
+        EvaluationExperiment.run(
+            config(tmp_path / "adapter", stories, adapter=str(tmp_path / "adapter")), run_dir=tmp_path / "twice"
+        )
+    with pytest.raises(ValueError, match="adapter must be a local folder with adapter_config.json"):
+        EvaluationExperiment.run(config(own_model, stories, adapter=str(own_model)), run_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    state = load_file(own_model / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"] * 1.5
+    save_file(state, own_model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="were trained on other weights"):
+        EvaluationExperiment.run(settings, run_dir=tmp_path / "changed")
+    with pytest.raises(ValueError, match="were trained on other weights"):
+        models.load_model(str(tmp_path / "adapter"), device="cpu")

@@ -153,3 +153,11 @@ def test_stop_is_heard_and_nonsense_is_refused(tokenizer):
         written(model, tokenizer, PROMPTS, max_new_tokens=4, should_stop=lambda: True)
     with pytest.raises(ValueError, match=f"less than the model's {POSITIONS} tokens, got {POSITIONS}"):
         written(model, tokenizer, PROMPTS, max_new_tokens=POSITIONS)
+
+
+def test_an_end_token_that_is_no_special_token_of_the_tokenizer_does_not_become_a_stop_string(tokenizer):
+    model = built("llama")
+    model.generation_config.eos_token_id = [tokenizer("e", add_special_tokens=False)["input_ids"][0], 299]
+    plain = written(built("llama"), tokenizer, PROMPTS[:2], max_new_tokens=12)
+    for found, whole in zip(written(model, tokenizer, PROMPTS[:2], max_new_tokens=12), plain, strict=True):
+        assert whole.startswith(found)

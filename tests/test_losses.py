@@ -101,3 +101,11 @@ def test_logits_that_are_changed_after_the_head_are_taken_from_the_model_itself(
     model, rows = Gemma2ForCausalLM(config).eval(), batch()
     assert not losses.has_plain_head(model)
     torch.testing.assert_close(losses.nll_sum(model, rows), own(model, rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["logits_soft_cap", "final_logit_softcapping", "output_logit_soft_cap"])
+def test_any_soft_cap_of_logits_is_known_by_its_name(field):
+    model = small_models.build("llama")
+    assert losses.has_plain_head(model)
+    setattr(model.config, field, 30.0)
+    assert not losses.has_plain_head(model)

@@ -474,3 +474,25 @@ def test_the_real_model_without_a_pad_token_loads_and_writes(data_dir):
     text = evaluate.generate(loaded.model, loaded.tokenizer, "Once upon a time", max_new_tokens=20, temperature=0)
     assert text.startswith("Once upon a time, there was a")
     assert models.parameters(loaded.model) == 260_032 and time.monotonic() - began < 60
+
+
+def test_a_tokenizer_that_ends_every_text_does_so_no_more_once_loaded_or_is_refused(model_folders, tmp_path):
+    """Whatever follows a text would follow its end."""
+    from tokenizers import processors
+
+    tokenizer = models.load_tokenizer(str(model_folders["gpt2"]))
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((model_folders["gpt2"] / "config.json").read_text())
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"][-1] == tokenizer.eos_token_id
+    wanted = tokenizer("a", add_special_tokens=False)["input_ids"]
+    try:
+        found = models.load_tokenizer(str(tmp_path))("a")["input_ids"]
+    except ValueError as error:  # where transformers cannot switch it off
+        found = str(error)
+    assert found == wanted or "ends every text with its end token" in str(found)

@@ -199,3 +199,10 @@ def test_an_empty_context_is_the_first_token_of_a_text(tokenizer):
 def test_a_choice_without_tokens_is_named(tokenizer):
     with pytest.raises(ValueError, match="choice '' has no tokens of its own"):
         scoring.question(tokenizer, "The dog", [" ran", ""])
+
+
+def test_a_choice_as_long_as_the_model_reads_is_scored(monkeypatch):
+    monkeypatch.setattr(scoring, "longest_text", lambda model: 5000)
+    (tree,) = scoring.trees(Question((1,), (tuple(range(2, 4000)), (2, 5))), 0, 5000)
+    assert len(tree) == 3998 and len(tree.wanted) == 3998 + 2 and tree.end[0] == 3998
+    assert tree.positions == list(range(3998)) and tree.end[2:] == [3998] * 3996
