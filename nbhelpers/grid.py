@@ -6,6 +6,7 @@ A plan is a YAML or JSON file or a dict:
     base: {text: bundled, steps: 20}           # fields that every job shares
     axes: {model: [tiny-gpt2, tiny-llama], level: [0.1, 0.3]}
     seeds: [0, 1]                              # the same as an axis `seed`
+    # an axis may also be named values of several fields: {best: {strategy: entropy, iterative: true}, fast: {...}}
     aliases: [{when: {level: 0}, ignore: [strategy]}]   # where these fields do not matter
 
 or `search` in place of axes, seeds and aliases (search.py): its jobs come one by one, each from what came out so far.
@@ -72,7 +73,7 @@ class Plan(BaseModel):
     name: str = Field("sweep", min_length=1)
     kind: str
     base: dict[str, Any] = Field(default_factory=dict)
-    axes: dict[str, list[Any]] = Field(default_factory=dict)
+    axes: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(default_factory=dict)
     seeds: list[int] | None = None
     aliases: list[Alias] = Field(default_factory=list)
     order_seed: int = Field(0, ge=0)
@@ -84,10 +85,31 @@ class Plan(BaseModel):
         for name in values if isinstance(values, Mapping) else ():
             if name not in cls.model_fields:
                 raise ValueError(unknown("plan field", name, cls.model_fields))
+        axes = values.get("axes") if isinstance(values, Mapping) else None
+        for name, found in axes.items() if isinstance(axes, Mapping) else ():
+            named = isinstance(found, Mapping) and all(isinstance(value, Mapping) for value in found.values())
+            if not isinstance(found, list | tuple) and not named:
+                raise ValueError(f"axis {name!r} must be a list of values, or named values of fields, got {found!r}")
         return values
 
     def all_axes(self) -> dict[str, list[Any]]:
-        return self.axes | ({} if self.seeds is None else {"seed": self.seeds})
+        """The values of each axis; of one that is named values of several fields, the names."""
+        return {name: list(values) for name, values in self.axes.items()} | (
+            {} if self.seeds is None else {"seed": self.seeds}
+        )
+
+    def fields(self, place: Mapping[str, Any]) -> dict[str, Any]:
+        """What a place on the axes means for the config."""
+        found: dict[str, Any] = {}
+        for name, value in place.items():
+            values = self.axes.get(name)
+            found |= values[value] if isinstance(values, dict) else {name: value}
+        return found
+
+    def axis_fields(self, name: str) -> list[str]:
+        """The config fields that an axis sets."""
+        values = self.axes.get(name)
+        return list(next(iter(values.values()), {})) if isinstance(values, dict) else [name]
 
 
 @dataclass(frozen=True)
@@ -204,14 +226,20 @@ def expand(plan: Plan) -> Expansion:
 def _check_names(plan: Plan, kind: JobKind, axes: Mapping[str, list]) -> None:
     fields = kind.config.model_fields
     ignored = [name for alias in plan.aliases for name in (*alias.when, *alias.ignore)]
-    for where, names in (("base", plan.base), ("axes", axes), ("aliases", ignored)):
+    set_by_axes = [field for name in axes for field in plan.axis_fields(name)]
+    for where, names in (("base", plan.base), ("axes", set_by_axes)):
         for name in names:
             if name not in fields:
                 raise ValueError(f"{where}: {unknown('field', name, fields)}")
     for name in axes:
-        if name in plan.base or (name == "seed" and plan.seeds is not None and "seed" in plan.axes):
-            other = "base" if name in plan.base else "seeds"
-            raise ValueError(f"field {name!r} stands in axes and in {other}: name it in one of them")
+        _check_named_values(plan, name, fields)
+        for field_ in plan.axis_fields(name):
+            seeds = field_ == "seed" and plan.seeds is not None and "seed" in plan.axes
+            if field_ in plan.base or seeds:
+                other = "base" if field_ in plan.base else "seeds"
+                raise ValueError(f"field {field_!r} stands in axes and in {other}: name it in one of them")
+            if set_by_axes.count(field_) > 1:
+                raise ValueError(f"field {field_!r} is set by two axes: name it in one of them")
         if not axes[name]:
             raise ValueError(f"axis {name!r} has no values: give at least one, or leave it out")
     for name in ignored:
@@ -222,6 +250,22 @@ def _check_names(plan: Plan, kind: JobKind, axes: Mapping[str, list]) -> None:
         size *= len(values)
     if size > MOST_ROWS:
         raise ValueError(f"a plan holds at most {MOST_ROWS} rows, got {size}: shorten an axis")
+
+
+def _check_named_values(plan: Plan, name: str, fields: Mapping[str, Any]) -> None:
+    """An axis of named values: each sets the same fields, and its own name is none of them."""
+    values = plan.axes.get(name)
+    if not isinstance(values, dict):
+        return
+    if name in fields:
+        raise ValueError(f"axis {name!r} is a field, so its values are a list: call named values of several otherwise")
+    wanted = plan.axis_fields(name)
+    for label, said in values.items():
+        if sorted(said) != sorted(wanted) or not said:
+            raise ValueError(
+                f"axis {name!r}, value {label!r} sets {', '.join(said) or 'nothing'}: each value sets the same fields "
+                f"({', '.join(wanted) or 'at least one'})"
+            )
 
 
 def _check_search(plan: Plan, search: Search, kind: JobKind) -> None:
@@ -246,16 +290,17 @@ def trial_job(expansion: Expansion, values: Mapping[str, Any]) -> Job:
 
 def _check_values(plan: Plan, kind: JobKind, axes: Mapping[str, list]) -> None:
     """Each value of each axis by itself, so that an error names the axis and the value; then twice the same value."""
-    firsts = {name: values[0] for name, values in axes.items()}
+    firsts = plan.fields({name: values[0] for name, values in axes.items()})
     faults = []
     for name, values in axes.items():
         seen: dict[str, Any] = {}
+        own = plan.axis_fields(name)
         for value in values:
-            config, found = _try(kind, {**plan.base, **firsts, name: value})
-            faults += [f"axis {name!r}, value {value!r}: {fault}" for at, fault in found if at == name]
+            config, found = _try(kind, {**plan.base, **firsts, **plan.fields({name: value})})
+            faults += [f"axis {name!r}, value {value!r}: {fault}" for at, fault in found if at in own]
             if config is None:
                 continue
-            text = canonical_json({"value": getattr(config, name)})
+            text = canonical_json({field: getattr(config, field) for field in own})
             if text in seen:
                 raise ValueError(f"axis {name!r} has {value!r} twice: every value once")
             seen[text] = value
@@ -281,7 +326,7 @@ def _job(plan: Plan, kind: JobKind, axes: Mapping[str, list], place: Mapping[str
             place[name] == v and isinstance(place[name], bool) == isinstance(v, bool) for name, v in alias.when.items()
         ):
             values |= {name: axes[name][0] for name in alias.ignore}
-    config, found = _try(kind, {**plan.base, **values})
+    config, found = _try(kind, {**plan.base, **plan.fields(values)})
     if config is None:
         said = ", ".join(f"{name}={value!r}" for name, value in values.items())
         raise ValueError(f"row {said}: {'; '.join(fault for _, fault in found)}")

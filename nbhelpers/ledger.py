@@ -19,11 +19,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from nbhelpers.grid import Expansion, Job, Row
-from nbhelpers.records import append_line, check_output_folder, plain, read_json, read_lines, write_json
+from nbhelpers.records import TEMPORARY, append_line, check_output_folder, plain, read_json, read_lines, write_json
 from nbhelpers.registry import unknown
 from nbhelpers.runlock import RunLock, is_alive, read_owner, this_process
 from nbhelpers.runs import read_run
@@ -75,7 +76,7 @@ class Ledger:
         """
         folder = Path(folder)
         known = folder / "plan.json"
-        if not known.exists() and folder.is_dir() and (strange := {p.name for p in folder.iterdir()} - _OWN):
+        if not known.exists() and folder.is_dir() and (strange := _strange(folder)):
             raise ValueError(
                 f"'{folder}' holds {min(strange)!r} but no plan.json, so it is no sweep: choose another folder"
             )
@@ -258,6 +259,11 @@ class Ledger:
 
 _OWN = {"plan.json", "runs", "ledger.jsonl", "leases"}
 _OOM_NAMES = ("MemoryError", "OutOfMemoryError", "RowTooLarge")
+
+
+def _strange(folder: Path) -> set[str]:
+    """Names in a folder that no sweep makes. Another process may be writing the plan at this moment."""
+    return {path.name for path in folder.iterdir() if path.name not in _OWN and not fnmatch(path.name, TEMPORARY)}
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

@@ -177,6 +177,9 @@ def slug(name: object, limit: int = 80) -> str:
 # --- whole files ----------------------------------------------------------------------------------------------------
 
 
+TEMPORARY = ".*.tmp"  # names of files that `write_atomic` is about to finish, or did not live to finish
+
+
 def write_atomic(path: str | os.PathLike, data: bytes | str, *, durable: bool = True) -> None:
     """Write `data` beside `path`, fsync, rename: a reader sees the old file or the new one, never a part.
 

@@ -21,7 +21,17 @@ from typing import Any
 from nbhelpers.experiment_log import ExperimentLog
 from nbhelpers.linefile import LineFile
 from nbhelpers.manifest import first_manifest, refuse_changes, refuse_strangers
-from nbhelpers.records import NOT_FINITE, append_line, check_output_folder, plain, read_lines, restore, slug, write_json
+from nbhelpers.records import (
+    NOT_FINITE,
+    TEMPORARY,
+    append_line,
+    check_output_folder,
+    plain,
+    read_lines,
+    restore,
+    slug,
+    write_json,
+)
 from nbhelpers.redaction import Redactor
 from nbhelpers.registry import unknown
 from nbhelpers.run_config import ExperimentConfig, MetricsSnapshot, whole
@@ -124,7 +134,7 @@ class ExperimentTracker:
         return self
 
     def _begin(self, stale: dict[str, Any] | None) -> None:
-        for left in self.run_dir.glob(".*.tmp"):  # of a process killed while writing; nobody else is here
+        for left in self.run_dir.glob(TEMPORARY):  # of a process killed while writing; nobody else is here
             left.unlink(missing_ok=True)
         continued = (self.run_dir / "manifest.json").exists()
         self._manifest = self._earlier() if continued else self._first_manifest()

@@ -72,6 +72,20 @@ def test_the_classic_plan_of_360_rows_is_330_jobs_and_30_aliases():
     assert (len(found.rows), len(found.jobs), found.aliases) == (360, 330, 30)
 
 
+def test_an_axis_may_be_named_values_of_several_fields():
+    named = {"low": {"a": 1, "what": "u"}, "high": {"a": 9, "what": "s"}}
+    found = expansion(axes={"method": named, "b": [0.0, 0.5]}, aliases=[{"when": {"b": 0.0}, "ignore": ["method"]}])
+    assert [(row.values["method"], row.values["b"], row.alias) for row in found.rows] == [
+        *(("low", 0.0, False), ("low", 0.5, False)),
+        *(("high", 0.0, True), ("high", 0.5, False)),
+    ]
+    configs = [found.jobs[row.job].config for row in found.rows]
+    assert [(config["a"], config["what"]) for config in configs] == [(1, "u"), (1, "u"), (1, "u"), (9, "s")]
+    same = expansion(axes={"a": [9]}, base={"b": 0.5, "what": "s"})
+    assert next(iter(same.jobs)) == found.rows[-1].job, "what counts is the config, not how it was written"
+    assert found.jobs[found.rows[-1].job].name == "high b 0.5"
+
+
 def test_a_run_is_called_by_its_place_on_the_axes_unless_the_plan_names_it():
     assert [j.config["name"] for j in expansion(axes={"what": ["fine"], "a": [1]}).jobs.values()] == ["fine a 1"]
     assert [j.config["name"] for j in expansion(base={"name": "n"}, axes={"a": [1]}).jobs.values()] == ["n"]
@@ -99,7 +113,7 @@ def test_yaml_json_and_dict_give_the_same_plan(tmp_path):
         ("kind: fake\nseed: [1]", "unknown plan field 'seed'. Did you mean 'seeds'"),
         ("base: {}", "kind Field required"),
         ("kind: fake\naxes: [a]", "axes must be a valid dictionary"),
-        ("kind: fake\naxes: {a: 3}", "axes.a must be a valid list, got 3"),
+        ("kind: fake\naxes: {a: 3}", "axis 'a' must be a list of values"),
         ("kind: fake\nseeds: [x]", "seeds.0 must be a valid integer"),
         ("kind: fake\naliases: [{when: {}, ignore: [a]}]", "aliases.0.when"),
         ("? [a, b]\n: 1", "a name must be a word"),
@@ -144,7 +158,18 @@ def test_a_plan_that_is_not_there_or_not_text_says_so(tmp_path):
         ({"axes": {"seed": [1]}, "seeds": [2]}, "field 'seed' stands in axes and in seeds"),
         ({"base": {"b": 7}}, "base: b must be less than or equal to 1, got 7"),
         ({"axes": {"a": [1]}, "aliases": [{"when": {"b": 0}, "ignore": ["a"]}]}, "aliases: unknown axis 'b'"),
-        ({"aliases": [{"when": {"bb": 0}, "ignore": ["a"]}]}, "aliases: unknown field 'bb'"),
+        ({"aliases": [{"when": {"bb": 0}, "ignore": ["a"]}]}, "aliases: unknown axis 'bb'"),
+        ({"axes": {"a": {"x": {"b": 1}}}}, "axis 'a' is a field, so its values are a list"),
+        (
+            {"axes": {"m": {"x": {"a": 1}, "y": {"b": 1}}}},
+            "axis 'm', value 'y' sets b: each value sets the same fields",
+        ),
+        ({"axes": {"m": {"x": {}}}}, "axis 'm', value 'x' sets nothing"),
+        ({"axes": {"m": {"x": {"aa": 1}}}}, "axes: unknown field 'aa'"),
+        ({"axes": {"m": {"x": {"a": 1}}, "a": [1]}}, "field 'a' is set by two axes"),
+        ({"axes": {"m": {"x": {"a": 1}}}, "base": {"a": 1}}, "field 'a' stands in axes and in base"),
+        ({"axes": {"m": {"x": {"b": 7}}}}, "axis 'm', value 'x': b must be less than or equal to 1, got 7"),
+        ({"axes": {"m": {"x": {"a": 1}, "y": {"a": 1}}}}, "axis 'm' has 'y' twice"),
         ({"axes": {"a": list(range(101)), "cost": list(range(1000))}}, "at most 100000 rows, got 101000"),
     ],
 )

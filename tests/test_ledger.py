@@ -17,6 +17,15 @@ def ledger(tmp_path) -> Ledger:
     return Ledger.create(tmp_path / "s", expand(read_plan(plan(axes={"a": [1, 2]}))))
 
 
+def test_a_folder_in_which_another_process_writes_the_plan_just_now_is_taken_for_a_sweep(tmp_path):
+    (tmp_path / ".8cf0a29c1a4f.tmp").write_text('{"format": 1, "pl')  # as write_atomic leaves it when it is killed
+    assert Ledger.create(tmp_path, expand(read_plan(plan(axes={"a": [1, 2]})))).jobs
+    (tmp_path / "plan.json").unlink()
+    (tmp_path / ".thesis").write_text("")
+    with pytest.raises(ValueError, match="holds '.thesis' but no plan.json"):
+        Ledger.create(tmp_path, expand(read_plan(plan(axes={"a": [1, 2]}))))
+
+
 def test_a_lease_is_given_to_one_at_a_time_and_to_the_next_after_it(ledger):
     job, other = ledger.jobs
     with ledger.lease(job) as first, ledger.lease(job) as second, ledger.lease(other) as third:
