@@ -30,6 +30,7 @@ COMMANDS = {
     ),
     "sweep plan": ("what a plan would run: jobs, aliases, time", "commands_sweep.sweep_plan"),
     "sweep run": ("do what is missing of a plan, in a folder that survives a kill", "commands_sweep.sweep_run"),
+    "sweep worker": ("do jobs of a sweep's shared folder, under any scheduler", "commands_sweep.sweep_worker"),
     "sweep status": ("where each job of a sweep stands", "commands_sweep.sweep_status"),
     "sweep retry": ("plan failed jobs again", "commands_sweep.sweep_retry"),
     "runs list": ("which runs lie in these folders", "commands_runs.runs_list"),

@@ -35,9 +35,11 @@ def show_evaluation(result: dict) -> str:
     from nbhelpers.facts import Fact
 
     lines = [result["verdict"], ""]
-    for name in [key.removesuffix("_stderr") for key in result if key.endswith("_stderr")]:
-        error = result[f"{name}_stderr"]
+    for name in [key.removesuffix("_interval") for key in result if key.endswith("_interval")]:
+        error = result.get(f"{name}_stderr")
         lines.append(f"{name:<22} {result[name]:.4f}" + ("" if error is None else f" +- {error:.4f} (standard error)"))
+    if "tokens" in result:
+        lines.append(f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['words']:,} words were scored")
     if result["invalid"]:
         lines.append(f"{result['invalid']} of {result['n']} documents had no valid answer and count as wrong")
     protocol = result["protocol"]

@@ -152,10 +152,10 @@ def _show_paired(test: dict) -> str:
     from nbhelpers.stats import Interval
 
     a, b = (Path(test[side]).name for side in ("a_run", "b_run"))
-    return (
-        f"{test['measure']} of {a} - {b}: {Interval(**test['difference'])}, "
-        f"right in one alone {test['only_a']} and {test['only_b']}, McNemar p = {test['mcnemar_p']:.3g}"
-    )
+    said = f"{test['measure']} of {a} - {b}: {Interval(**test['difference'])}"
+    if "mcnemar_p" not in test:  # a perplexity: no document is right or wrong
+        return said
+    return f"{said}, right in one alone {test['only_a']} and {test['only_b']}, McNemar p = {test['mcnemar_p']:.3g}"
 
 
 def _draw(analyzer, folder: Path) -> list[str]:

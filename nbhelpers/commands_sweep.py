@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from nbhelpers.commands import Json, Violation, carry_out
 from nbhelpers.tracking import Interrupted
 
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file, YAML or JSON")]
+Budget = Annotated[str | None, typer.Option(help="time to use, such as 30m, 1h30m, 90s; None = all")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="folder of the sweep")]
 
 
@@ -26,11 +28,16 @@ class FailedJobs(Violation):
 
 
 def sweep_plan() -> Callable:
-    def command(plan: PlanFile, json: Json = False) -> None:
+    def command(
+        plan: PlanFile,
+        out: Annotated[Path | None, typer.Option(help="lay the plan down in this folder, for workers")] = None,
+        json: Json = False,
+    ) -> None:
         def work() -> dict:
-            from nbhelpers import sweep
+            from nbhelpers import sweep, workers
 
-            return sweep.preview(plan)
+            found = sweep.preview(plan)
+            return found if out is None else found | {"probe": workers.lay_down(plan, out), "folder": str(out)}
 
         carry_out(work, show_plan, json)
 
@@ -41,30 +48,57 @@ def sweep_run() -> Callable:
     def command(
         plan: PlanFile,
         out: Annotated[Path, typer.Option(help="folder of the sweep; one that holds it already is continued")],
-        budget: Annotated[str | None, typer.Option(help="time to use, such as 30m, 1h30m, 90s; None = all")] = None,
+        budget: Budget = None,
+        workers: Annotated[int, typer.Option(min=1, help="processes of this machine that share the jobs")] = 1,
+        only: Annotated[int | None, typer.Option(help="the job of this row alone, counted from 1")] = None,
         json: Json = False,
     ) -> None:
         def work() -> dict:
             from nbhelpers import sweep
+            from nbhelpers import workers as several
 
-            result = sweep.run(plan, out, budget, progress=say_progress)
-            if result["ended"] == "stopped":
-                raise Interrupted(f"interrupted: {show_coverage(result)}; run the same command again to go on")
-            if result["failed"]:
-                raise FailedJobs(result)
-            return result
+            if workers > 1 and only is not None:
+                raise ValueError(f"only is one job, got workers {workers}: leave one of them out")
+            if workers > 1:
+                return _checked(several.run(plan, out, workers, budget))
+            return _checked(sweep.run(plan, out, budget, progress=say_progress, only=only))
 
         carry_out(work, show_coverage, json)
 
     return command
 
 
+def sweep_worker() -> Callable:
+    def command(
+        plan: PlanFile,
+        folder: Annotated[Path, typer.Option(help="folder that the plan was laid down in, shared by all workers")],
+        budget: Budget = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import workers
+
+            return _checked(workers.work(plan, folder, budget, progress=say_progress))
+
+        carry_out(work, show_coverage, json)
+
+    return command
+
+
+def _checked(result: dict) -> dict:
+    if result["ended"] == "stopped":
+        raise Interrupted(f"interrupted: {show_coverage(result)}; run the same command again to go on")
+    if result["failed"]:
+        raise FailedJobs(result)
+    return result
+
+
 def sweep_status() -> Callable:
     def command(folder: Folder, json: Json = False) -> None:
         def work() -> dict:
-            from nbhelpers import sweep
+            from nbhelpers import sweep, workers
 
-            return sweep.status(folder)
+            return sweep.status(folder) | {"workers": workers.present(folder)}
 
         carry_out(work, show_status, json)
 
@@ -105,6 +139,8 @@ def show_plan(found: dict[str, Any]) -> str:
         lines.append(f"about {in_words(3600 * found['estimated_hours'])} by an estimate at this machine's speed")
     if found["not_estimated"]:
         lines.append(f"{found['not_estimated']} jobs could not be estimated")
+    if "probe" in found:
+        lines.append(f"laid down in {found['folder']} (probe {found['probe']['token']}): sweep worker PLAN --folder it")
     if not found["order"]:
         return "\n".join(lines)
     return "\n".join([*lines, "first:", *(f"  {job['job']}  {job['name']}" for job in found["order"][:5])])
@@ -125,7 +161,9 @@ def show_status(found: dict[str, Any]) -> str:
     """The coverage, the best trial of a search, then a line a job that is not simply done or planned."""
     rows = [job for job in found["jobs"] if job["status"] not in ("finished", "planned")]
     said = [f"{row['job']}  {row['status']:<11}  {row['name']}" + _why(row) for row in rows]
-    return "\n".join([show_coverage(found), *show_best(found), *said])
+    hosts = Counter(worker["host"] for worker in found["workers"])
+    at_work = [f"workers: {', '.join(f'{count} on {host}' for host, count in hosts.items())}"] if hosts else []
+    return "\n".join([show_coverage(found), *at_work, *show_best(found), *said])
 
 
 def show_best(found: dict[str, Any]) -> list[str]:

@@ -7,7 +7,9 @@ each answer as it is given, goes on after a kill, and takes answers from before 
 from __future__ import annotations
 
 import math
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -146,11 +148,37 @@ def answered(
             ):
                 yield number, choice_line(asked[number], values)
             return
+        if task.kind == "rolling":
+            yield from _read_texts(model, tokenizer, asked, batch_tokens, should_stop)
+            return
         prompts = [document.context for document in asked]
         for number, text in generation.continuations(
             model, tokenizer, prompts, stops=task.stops, max_new_tokens=task.new_tokens, should_stop=should_stop
         ):
             yield number, text_line(asked[number], text)
+
+
+def _read_texts(model: nn.Module, tokenizer, asked: Sequence[tasks.Asked], batch_tokens, should_stop):
+    """(number, line) of each text when its last window has been read."""
+    limit, made, of = scoring.longest_text(model), [], []
+    for number, document in enumerate(asked):
+        parts = scoring.text(tokenizer, document.context, limit)
+        if not parts:
+            raise ValueError(
+                f"row {document.id!r}: its text {document.context[:30]!r} has no tokens, so nothing is scored"
+            )
+        made += parts
+        of += [number] * len(parts)
+    found: list[list[float]] = [[] for _ in asked]
+    windows = Counter(of)
+    tokens = Counter()
+    for part, number in zip(made, of, strict=True):
+        tokens[number] += len(part.choices[0])
+    for part, (value,) in scoring.loglikelihoods(model, made, batch_tokens=batch_tokens, should_stop=should_stop):
+        number = of[part]
+        found[number].append(value)
+        if len(found[number]) == windows[number]:
+            yield number, rolling_line(asked[number], math.fsum(found[number]), tokens[number])
 
 
 def _question(tokenizer, document: tasks.Asked) -> scoring.Question:
@@ -190,12 +218,27 @@ def text_line(document: tasks.Asked, text: str) -> dict[str, Any]:
     }
 
 
+def rolling_line(document: tasks.Asked, value: float, tokens: int) -> dict[str, Any]:
+    """A text with its log-likelihood (nats), and of how many tokens, bytes (UTF-8) and words it is one."""
+    text = document.context
+    return {
+        "id": document.id,
+        "loglikelihood": value,
+        "tokens": tokens,
+        "bytes": len(text.encode("utf-8")),
+        "words": len(re.split(r"\s+", text)),  # as the harness counts them
+    }
+
+
 def measures(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """{n, invalid, and of each measure named: name, name_stderr, name_interval (bootstrap over documents)}.
 
-    An answer that is not valid (a log-likelihood that is not a number) counts as wrong and in `invalid`.
+    An answer that is not valid (a log-likelihood that is not a number) counts as wrong and in `invalid`; texts of which
+    one has none have no perplexity: FloatingPointError.
     """
     found: dict[str, Any] = {"n": len(lines)}
+    if any(name in predictions.RATIOS for name in names):
+        return found | _perplexities(lines, names)
     by_measure = predictions.outcomes(lines)
     found["invalid"] = sum("prediction" in line and line["prediction"] is None for line in lines)
     if found["invalid"] == len(lines):
@@ -207,6 +250,23 @@ def measures(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[s
         interval = stats.bootstrap(right)
         found[name] = stats.mean(right)
         found[f"{name}_stderr"] = stats.standard_error(right)
+        found[f"{name}_interval"] = {"low": interval.low, "high": interval.high, "over": interval.over}
+    return found
+
+
+def _perplexities(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    unknown = [line["id"] for line in lines if not math.isfinite(line["loglikelihood"])]
+    if unknown:
+        raise FloatingPointError(
+            f"{len(unknown)} of {len(lines)} texts, the first with id {unknown[0]!r}, have log-likelihoods that are no "
+            "numbers, so there is no perplexity; try dtype float32"
+        )
+    found: dict[str, Any] = {"invalid": 0}
+    for name in names:
+        unit = predictions.RATIOS[name]
+        interval = stats.bootstrap(predictions.nats_and_units(lines, unit), predictions.exp_of_ratio)
+        found[unit] = sum(line[unit] for line in lines)
+        found[name] = interval.mean
         found[f"{name}_interval"] = {"low": interval.low, "high": interval.high, "over": interval.over}
     return found
 
@@ -346,8 +406,12 @@ def _answer(config, tracker: ExperimentTracker, rows, asked, tell, should_stop):
 
 
 def _facts(loaded: models.LoadedModel, task: tasks.Task, asked: Sequence[tasks.Asked]) -> list[facts.Fact]:
-    if task.kind != "choices":
+    if task.kind == "text":
         return []
+    if task.kind == "rolling":
+        limit = scoring.longest_text(loaded.model)
+        first = [scoring.text(loaded.tokenizer, document.context, limit)[0] for document in asked[:CHECKED]]
+        return [facts.texts_score_as_the_model_reads_them(loaded.model, first)]
     few = [_question(loaded.tokenizer, document) for document in asked[:CHECKED]]
     return [facts.choices_score_as_alone(loaded.model, few)]
 

@@ -1,4 +1,4 @@
-"""Which layers of a model that is trained in float32 are computed faster, with the same result?
+"""Which layers of a model in float32 are computed faster, with the same result?
 
 LoRA layers as one operation whose thin matrix products are laid out so that they run at full speed (peft's backward
 pass spends ten times as long in them on a CPU), and GPT-2's activation as one kernel instead of seven.
@@ -6,6 +6,7 @@ pass spends ten times as long in them on a CPU), and GPT-2's activation as one k
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from torch import nn
 def in_use(model: nn.Module, precision: str) -> Iterator[int]:
     """Faster layers inside, the model's own afterwards, also after an error. Yields how many were put in.
 
-    precision: of the training; only with fp32 is anything changed.
+    precision: of the training or of the weights; only with fp32 is anything changed.
     """
     changed = []
     try:
@@ -42,6 +43,8 @@ def _faster(module: nn.Module):
 
 def _is_plain_lora(module: nn.Module) -> bool:
     """One adapter without dropout or variant on a frozen float32 Linear or Conv1D."""
+    if "peft" not in sys.modules:  # then nothing is a layer of it
+        return False
     from peft.tuners.lora.layer import Linear
     from transformers.pytorch_utils import Conv1D
 

@@ -1,4 +1,4 @@
-"""What can the bundled models be asked without the hub? Yes/no questions, story endings, word problems.
+"""What can the bundled models be asked without the hub? Yes/no questions, story endings, word problems, texts.
 
 Rows have the official schemas of BoolQ, HellaSwag and GSM8K, so that the same code reads them; people and things are
 those of `generated_words`. Most rows are told by the words that stand in them, the rest only by who did what: a tuned
@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from nbhelpers import generated
 from nbhelpers import generated_words as words
 
 T = TypeVar("T")
@@ -51,13 +52,20 @@ def rows(make: Callable[[Dice, int], dict[str, Any]], split: str) -> list[dict[s
         parts[part] = []
         while len(parts[part]) < count:
             row = make(dice, len(parts[part]))
-            told = tuple(value for name, value in row.items() if name in ("passage", "question", "ctx_a"))
+            told = tuple(value for name, value in row.items() if name in ("passage", "question", "ctx_a", "text"))
             if told not in seen:
                 seen.add(told)
                 parts[part].append(row)
         if part == split:
             break
     return parts[split]
+
+
+def text(dice: Dice, number: int) -> dict[str, Any]:
+    """A document of the kind that the bundled models were trained on."""
+    teller = generated.Teller(dice._draw)
+    generated.tell_document(teller, generated.KINDS)
+    return {"text": teller.text}
 
 
 def yes_no_question(dice: Dice, number: int) -> dict[str, Any]:

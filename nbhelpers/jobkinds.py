@@ -54,6 +54,38 @@ def fine_tuning() -> JobKind:
     )
 
 
+@KINDS.register("evaluation")
+def evaluation() -> JobKind:
+    """One model on one task: evaluation.EvaluationExperiment. A job that was killed goes on with the documents that
+    have no answer yet."""
+    from nbhelpers.evaluation import EvaluationConfig, EvaluationExperiment
+
+    return JobKind(
+        config=EvaluationConfig,
+        run=EvaluationExperiment.run,
+        resolve=lambda config: config.model_dump(exclude={"name", "batch_tokens", "cache"}),
+        fingerprint=lambda config: {
+            "model": _model_files(config.model),
+            "adapter": config.adapter and _model_files(config.adapter),
+            "data": config.data and _text_file(config.data),
+            "shots_data": config.shots_data and _text_file(config.shots_data),
+        },
+        similar=lambda config: [config[name] for name in ("model", "task", "data", "shots", "limit", "quantization")],
+        columns=evaluation_columns,
+        resumes=True,
+    )
+
+
+def evaluation_columns(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of one evaluation: its task's measures, of how many documents, and how sure."""
+    measures = [name.removesuffix("_interval") for name in result if name.endswith("_interval")]
+    found = {name: result.get(name) for name in ("n", "invalid", "all_facts_hold", "documents_per_second")}
+    for name in measures:
+        interval = result[f"{name}_interval"]
+        found |= {name: result[name], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
+    return found
+
+
 # Fields of a fine-tuning that decide what it costs.
 COSTS = ("model", "data", "method", "steps", "batch_size", "window", "control", "packing", "gradient_checkpointing")
 

@@ -5,6 +5,7 @@
                     its kind of job can resume, and is followed by a try from the start where it cannot
     ledger.jsonl    one line when a try starts and ends, and when a retry is asked for
     leases/<job>/   lock and heartbeat of the process that does this job now
+    workers/        probes of the workers (workers.py)
 
 Status words are those of runs, `planned`, and `pruned`: stopped by a search, which is final and no failure. What a run
 directory says counts; ledger.jsonl adds the class of a failure and what a try cost.
@@ -257,7 +258,7 @@ class Ledger:
         return bool(owner) and (is_alive(owner) or (same and is_alive(owner | beat)))
 
 
-_OWN = {"plan.json", "runs", "ledger.jsonl", "leases"}
+_OWN = {"plan.json", "runs", "ledger.jsonl", "leases", "workers"}
 _OOM_NAMES = ("MemoryError", "OutOfMemoryError", "RowTooLarge")
 
 

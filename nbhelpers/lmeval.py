@@ -124,7 +124,7 @@ class _Answers:
         """Nats of each whole text, read in windows that do not overlap but for one token."""
         limit, made, of = scoring.longest_text(self.model), [], []
         for number, request in enumerate(requests):
-            parts = windows(*scoring.encode(self.tokenizer, request.args), self._first_token(), limit)
+            parts = scoring.text(self.tokenizer, request.args[0], limit)
             made += parts
             of += [number] * len(parts)
         sums = [0.0] * len(requests)
@@ -158,14 +158,6 @@ class _Answers:
     def _judged(self, made: list[scoring.Question]) -> Any:
         return scoring.judged(self.model, made, batch_tokens=self.batch_tokens, should_stop=self.should_stop)
 
-    def _first_token(self) -> int:
-        start = scoring.first_token(self.tokenizer)
-        if start is None:
-            raise ValueError(
-                "the tokenizer has neither BOS nor EOS, so a text's first token has nothing to stand after"
-            )
-        return start
-
 
 @cache
 def _answering() -> type:
@@ -173,18 +165,6 @@ def _answering() -> type:
     from lm_eval.api.model import LM
 
     return type("InMemory", (_Answers, LM), {})
-
-
-def windows(ids: Sequence[int], start: int, limit: int) -> list[scoring.Question]:
-    """Each token of a text scored once, in questions of one choice: the first `limit` after `start`, then as many
-    again, each time after the one token before them, up to a last one that reaches back as far as the model reads."""
-    made, done = [], 0
-    while done < len(ids):
-        end = min(len(ids), done + limit)
-        before = (start,) if not done else tuple(ids[max(0, end - limit - 1) : done])
-        made.append(scoring.Question(before, (tuple(ids[done:end]),)))
-        done = end
-    return made
 
 
 def _writing(settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:

@@ -1,11 +1,13 @@
 """What did a model answer, document by document, and do two models differ on the same documents?
 
 `predictions.jsonl` in a run directory: a line a document in the order of the data, {id, gold, loglikelihoods,
-prediction, prediction_norm} of a task with choices, {id, gold, text, strict, flexible} of one with written answers.
+prediction, prediction_norm} of a task with choices, {id, gold, text, strict, flexible} of one with written answers,
+{id, loglikelihood, tokens, bytes, words} of texts that were read.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +23,9 @@ MEASURES: dict[str, Callable[[Mapping[str, Any]], bool | None]] = {
     "exact_match_strict": lambda line: line.get("strict"),
     "exact_match_flexible": lambda line: line.get("flexible"),
 }
+
+# name of a measure -> what it is per: exp(-sum of log-likelihoods / sum of these)
+RATIOS = {"perplexity": "tokens", "byte_perplexity": "bytes", "word_perplexity": "words"}
 
 
 def read(folder: str | Path) -> list[dict[str, Any]] | None:
@@ -45,16 +50,47 @@ def compare(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> d
     """Paired tests of two models on the same documents, by measure that both have.
 
     {measure: {n, a, b, difference (a - b with its bootstrap interval over documents), only_a, only_b, mcnemar_p}}; an
-    answer that is not valid counts as wrong. ValueError where the documents are not the same ones.
+    answer that is not valid counts as wrong. Perplexities have a difference alone, per token only where both models
+    read the same tokens. ValueError where the documents are not the same ones.
     """
     if [line["id"] for line in a] != [line["id"] for line in b]:
         raise ValueError(
             f"predictions of {len(a)} and of {len(b)} documents with other ids: compare runs on the same rows"
         )
-    if [line["gold"] for line in a] != [line["gold"] for line in b]:
-        raise ValueError("the same ids have other gold answers: the data changed between the two runs")
+    if [_asked(line) for line in a] != [_asked(line) for line in b]:
+        raise ValueError("the same ids have other texts or gold answers: the data changed between the two runs")
     left, right = outcomes(a), outcomes(b)
-    return {name: _paired(left[name], right[name]) for name in left if name in right}
+    found = {name: _paired(left[name], right[name]) for name in left if name in right}
+    if all("loglikelihood" in line for line in (*a, *b)):
+        same = [name for name, unit in RATIOS.items() if all(x[unit] == y[unit] for x, y in zip(a, b, strict=True))]
+        found |= {name: _paired_ratio(a, b, RATIOS[name]) for name in same}
+    return found
+
+
+def nats_and_units(lines: Sequence[Mapping[str, Any]], unit: str) -> list[tuple[float, int]]:
+    """(nats, units) of each text, as `stats.bootstrap` takes them."""
+    return [(-line["loglikelihood"], line[unit]) for line in lines]
+
+
+def exp_of_ratio(rows: Any) -> float:
+    """exp(nats / unit) over rows: (documents, 2) of both sums; inf where that is no finite number."""
+    nats, units = rows.sum(0)
+    return math.exp(nats / units) if nats / units < 700 else math.inf
+
+
+def _asked(line: Mapping[str, Any]) -> Any:
+    return line.get("gold"), line.get("bytes"), line.get("words")
+
+
+def _paired_ratio(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], unit: str) -> dict[str, Any]:
+    left, right = nats_and_units(a, unit), nats_and_units(b, unit)
+    difference = stats.paired_bootstrap_difference(left, right, exp_of_ratio)
+    return {
+        "n": len(left),
+        "a": stats.bootstrap(left, exp_of_ratio, n=1).mean,
+        "b": stats.bootstrap(right, exp_of_ratio, n=1).mean,
+        "difference": vars(difference),
+    }
 
 
 def _paired(left: Sequence[bool | None], right: Sequence[bool | None]) -> dict[str, Any]:

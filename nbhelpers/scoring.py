@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from nbhelpers import attention, losses, memory, models
+from nbhelpers import attention, faster_layers, losses, memory, models
 from nbhelpers.tracking import Interrupted
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # most padded tokens of a pass
@@ -49,6 +49,27 @@ def question(tokenizer, context: str, choices: Sequence[str]) -> Question:
     ids, *wholes = encode(tokenizer, [stripped, *(stripped + spaces + choice for choice in choices)])
     found = tuple(tuple(whole[len(ids) :]) for whole in wholes)
     return _checked(Question(tuple(ids), found), choices)
+
+
+def text(tokenizer, whole: str, limit: int) -> list[Question]:
+    """A text of which each token is scored, as questions of one choice: its `windows`. ValueError where the tokenizer
+    has neither BOS nor EOS to stand before the first token."""
+    start = first_token(tokenizer)
+    if start is None:
+        raise ValueError("the tokenizer has neither BOS nor EOS, so a text's first token has nothing to stand after")
+    return windows(*encode(tokenizer, [whole]), start, limit)
+
+
+def windows(ids: Sequence[int], start: int, limit: int) -> list[Question]:
+    """Each token of a text scored once, in questions of one choice: the first `limit` after `start`, then as many
+    again, each time after the one token before them, up to a last one that reaches back as far as the model reads."""
+    made, done = [], 0
+    while done < len(ids):
+        end = min(len(ids), done + limit)
+        before = (start,) if not done else tuple(ids[max(0, end - limit - 1) : done])
+        made.append(Question(before, (tuple(ids[done:end]),)))
+        done = end
+    return made
 
 
 def first_token(tokenizer) -> int | None:
@@ -211,7 +232,9 @@ def judged(
     for batch in _batches(grown, budget):
         if should_stop is not None and should_stop():
             raise Interrupted("stopped between two passes")
-        for tree, values in zip(batch, _pass(model, batch, device), strict=True):
+        with faster_layers.in_use(model, "fp32" if next(model.parameters()).dtype == torch.float32 else "other"):
+            seen = _pass(model, batch, device)
+        for tree, values in zip(batch, seen, strict=True):
             for (_, _, choice), (value, likeliest) in zip(tree.wanted, values, strict=True):
                 found[tree.of][choice] += value
                 greedy[tree.of][choice] &= likeliest

@@ -108,8 +108,11 @@ def run(
     budget: str | float | None = None,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
+    only: int | None = None,
 ) -> dict[str, Any]:
     """Do what is missing of a plan in a ledger folder; returns its coverage and how it `ended`: done, budget, stopped.
+
+    only: the job of this row of the plan alone, counted from 1.
 
     A job that fails is recorded with its class and the rest goes on. With a budget no job is started that would not
     fit by the measured cost of jobs like it (the first one always is). An interrupt ends the sweep cleanly.
@@ -121,7 +124,10 @@ def run(
     ledger = Ledger.create(folder, expansion)
     if expansion.plan.search is not None:
         _check_same_files(expansion, ledger)
-    return _Sweep(expansion, ledger, allowed, progress, should_stop).run()
+    if only is not None and not 1 <= only <= len(ledger.rows):
+        raise ValueError(f"only must be the number of a row, 1 to {len(ledger.rows)}, got {only}")
+    job = None if only is None else ledger.rows[only - 1].job
+    return _Sweep(expansion, ledger, allowed, progress, should_stop).run(job)
 
 
 def _check_same_files(expansion: Expansion, ledger: Ledger) -> None:
@@ -211,7 +217,7 @@ class _Sweep:
         self.costs: dict[Any, list[float]] = {}
         self.tried = 0
 
-    def run(self) -> dict[str, Any]:
+    def run(self, only: str | None = None) -> dict[str, Any]:
         states = self.ledger.states()
         for key, seconds in self.ledger.seconds().items():
             if job := self.ledger.jobs.get(key):
@@ -223,6 +229,8 @@ class _Sweep:
         # jobs that a killed process left go last: one that kills its process must not keep the others from their turn
         self.waiting = sorted((job for job in ordered if states[job.id].to_do), key=lambda job: states[job.id].tries)
         self.ended = sum(not states[job.id].to_do for job in ordered)
+        if only is not None:
+            self.waiting = [job for job in self.waiting if job.id == only]
         how = "done"
         try:
             how = self._pass()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Found:
 def of_file(path: str | Path) -> Iterator[Found]:
     """Rows of a file, in order. LookupError where there is none, ValueError where it is no file of rows.
 
-    .csv: UTF-8 with a header; .jsonl: an object a line; .json: a list of objects, or the same as .jsonl.
+    .csv: UTF-8 with a header; .jsonl: an object a line; .json: a list of objects, or the same as .jsonl; .txt: one row
+    whose field `text` is the whole file.
     """
     path = Path(os.path.expanduser(path))
     if not path.exists():
@@ -42,6 +43,8 @@ def of_file(path: str | Path) -> Iterator[Found]:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 at byte {error.start}; convert it, say with iconv") from error
+    if path.suffix == ".txt":
+        return iter([Found(repr(str(path)), {"text": content})])
     if path.suffix == ".csv":
         return _csv_rows(content, path)
     if path.suffix == ".json" and content.lstrip().startswith("["):

@@ -1,4 +1,4 @@
-"""Which question is a model asked, what counts as right, and what can be trained on? BoolQ, HellaSwag, GSM8K.
+"""Which question is a model asked, what counts as right, and what can be trained on? BoolQ, HellaSwag, GSM8K, text.
 
 Prompts, choices and shots are those of lm-evaluation-harness 0.4.13 to the letter, so that numbers are comparable.
 A task is one function registered in TASKS. `read` gives its rows, `documents` what a model is asked,
@@ -39,12 +39,13 @@ class Task:
     """One task. Its functions take a row's fields as `check` gives them.
 
     check: the fields that count, or ValueError naming the field. choices: with their leading space, none for "text".
-    gold: number of the right choice, or the whole right answer without its leading space.
+    gold: number of the right choice, or the whole right answer without its leading space. A task of kind "rolling" asks
+    nothing: its prompt is a text of which each token is scored.
     """
 
     name: str
     version: str  # of the harness's task
-    kind: Literal["choices", "text"]
+    kind: Literal["choices", "text", "rolling"]
     metrics: tuple[str, ...]
     hub: tuple[str, str | None]  # data set, configuration
     splits: tuple[str, str]  # names of the hub's splits for SPLITS
@@ -225,6 +226,31 @@ def gsm8k() -> Task:
     )
 
 
+@TASKS.register("perplexity")
+def perplexity() -> Task:
+    """How well is text predicted? Each token of each document once, as the harness reads its task wikitext, but the
+    texts as they stand (that task takes WikiText's marks out first, so its numbers are others)."""
+
+    def check(row: Fields) -> dict[str, Any]:
+        text = _text(row, "text" if row.get("page") is None else "page")
+        if not text.strip():
+            raise ValueError("needs a text that is not empty")
+        return {"text": text}
+
+    return Task(
+        name="perplexity",
+        version="1.0",
+        kind="rolling",
+        metrics=("perplexity", "byte_perplexity", "word_perplexity"),
+        hub=("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1"),
+        splits=("train", "test"),
+        check=check,
+        prompt=lambda row: row["text"],
+        gold=lambda row: "",
+        make=generated_tasks.text,
+    )
+
+
 # Fields ---------------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +416,8 @@ def _pool(task: Task, shots: int, shots_rows: Rows | None) -> list[Row]:
         raise ValueError(f"shots must be at least 0, got {shots}")
     if not shots:
         return []
+    if task.kind == "rolling":
+        raise ValueError(f"{task.name} reads texts and asks nothing, so it takes no shots, got {shots}")
     if shots_rows is None:
         raise ValueError(
             f"{task.name} with {shots} shots needs rows to draw them from; give --shots-data, or --shots 0"
@@ -414,7 +442,8 @@ class Parts(NamedTuple):
 
 
 def training_documents(rows: Rows) -> list[data.Document]:
-    """Each row's prompt without shots, and the right answer with its leading space as the completion.
+    """Each row's prompt without shots, and the right answer with its leading space as the completion; of a task that
+    asks nothing its text.
 
     Spaces at a prompt's end go to the completion, as they do where choices are scored.
     """
@@ -423,6 +452,8 @@ def training_documents(rows: Rows) -> list[data.Document]:
 
 def _training_document(task: Task, row: Row) -> data.Document:
     prompt = task.prompt(row.fields)
+    if task.kind == "rolling":
+        return data.Document(text=prompt)
     stripped = prompt.rstrip()
     return data.Document(prompt=stripped, text=prompt[len(stripped) :] + task.answer(row.fields))
 
@@ -434,14 +465,15 @@ def training_parts(train: Rows, evaluation: Rows | None = None) -> Parts:
     parts: dict[str, list[data.Document]] = {"train": [], "validation": [], "test": []}
     if evaluation is not None:
         parts["test"] = training_documents(evaluation)
-    tested = {document.prompt for document in parts["test"]}
+    tested = {document.prompt or document.text for document in parts["test"]}
     sides: dict[str, str] = {}
     overlap = 0
     for row, document in zip(train.rows, training_documents(train), strict=True):
-        if document.prompt in tested:
+        asked = document.prompt or document.text
+        if asked in tested:
             overlap += 1
         else:
-            side = sides.setdefault(document.prompt, _side(train.task, row.id, held_out=evaluation is None))
+            side = sides.setdefault(asked, _side(train.task, row.id, held_out=evaluation is None))
             parts[side].append(document)
     log.info("%d of %d training rows of %s are evaluation rows too, left out", overlap, len(train), train.task.name)
     empty = [name for name, documents in parts.items() if not documents]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nbhelpers import adapters, attention, evaluation, models, preparation, scoring
+from nbhelpers import adapters, attention, evaluation, models, predictions, preparation, scoring
 from nbhelpers.evaluation import EvaluationConfig, EvaluationExperiment, evaluate
 from nbhelpers.records import read_lines
 from nbhelpers.runs import read_run
@@ -316,3 +317,84 @@ def test_adapters_on_other_weights_others_and_folders_without_any_are_refused(ow
         EvaluationExperiment.run(settings, run_dir=tmp_path / "changed")
     with pytest.raises(ValueError, match="were trained on other weights"):
         models.load_model(str(tmp_path / "adapter"), device="cpu")
+
+
+# ------------------------------------------------------------------------------------------------ perplexity
+
+
+def nats_by_hand(loaded, text: str) -> tuple[float, int]:
+    """Summed nats and number of the tokens of a short text behind the first token, from the model's own logits."""
+    ids = loaded.tokenizer(text)["input_ids"]
+    with torch.inference_mode():
+        logs = loaded.model(input_ids=torch.tensor([[scoring.first_token(loaded.tokenizer), *ids]])).logits
+    logs = logs[0].double().log_softmax(-1)
+    return -sum(logs[at, token].item() for at, token in enumerate(ids)), len(ids)
+
+
+def test_perplexity_is_exp_of_all_nats_per_token_byte_and_word(model_folders, tmp_path):
+    loaded = models.load_model(str(model_folders["llama"]), device="cpu", dtype="float32")
+    texts = ["Leo had a bell. He rang it.", "Dora \u00fcbt  in the sea.", "Ran."]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    found = evaluate(loaded.model, loaded.tokenizer, "perplexity", path)
+    nats, tokens = zip(*(nats_by_hand(loaded, text) for text in texts), strict=True)
+    assert [line["tokens"] for line in found["predictions"]] == list(tokens)
+    assert [-line["loglikelihood"] for line in found["predictions"]] == pytest.approx(nats, abs=1e-4)
+    assert (found["bytes"], found["words"]) == (27 + 22 + 4, 7 + 5 + 1)
+    for name, units in (("perplexity", sum(tokens)), ("byte_perplexity", 53), ("word_perplexity", 13)):
+        assert found[name] == pytest.approx(math.exp(sum(nats) / units), rel=1e-5)
+        assert found[f"{name}_interval"]["low"] <= found[name] <= found[f"{name}_interval"]["high"]
+        assert found[f"{name}_interval"]["over"] == "documents"
+
+
+def test_a_text_longer_than_the_model_is_scored_to_its_last_token(model_folders, tmp_path):
+    loaded = models.load_model(str(model_folders["gpt2"]), device="cpu", dtype="float32")
+    path = tmp_path / "long.txt"
+    path.write_text("The dog ran to the sea. " * 100)
+    (line,) = evaluate(loaded.model, loaded.tokenizer, "perplexity", path)["predictions"]
+    tokens = len(loaded.tokenizer(path.read_text())["input_ids"])
+    assert line["tokens"] == tokens > 2 * scoring.longest_text(loaded.model)
+
+
+def test_a_run_of_perplexity_says_on_how_many_tokens_and_a_second_model_is_compared_on_the_same_texts(
+    own_model, tmp_path
+):
+    runs = [tmp_path / "a", tmp_path / "b"]
+    first = EvaluationExperiment.run(
+        EvaluationConfig(model=str(own_model), task="perplexity", data="bundled", limit=6, device="cpu"),
+        run_dir=runs[0],
+    )
+    assert first["protocol"]["generated"] and first["n"] == 6 and first["tokens"] > 100
+    assert first["all_facts_hold"] and first["facts"][0]["name"] == "texts_score_as_the_model_reads_them"
+    assert "perplexity" in first["verdict"] and "6 documents" in first["verdict"]
+    weights = load_file(own_model / "model.safetensors")
+    save_file(
+        {name: tensor * 1.1 for name, tensor in weights.items()},
+        own_model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    second = EvaluationExperiment.run(
+        EvaluationConfig(model=str(own_model), task="perplexity", data="bundled", limit=6, device="cpu"),
+        run_dir=runs[1],
+    )
+    tests, problems = predictions.compare_runs(runs)
+    assert not problems and {test["measure"] for test in tests} == {"perplexity", "byte_perplexity", "word_perplexity"}
+    for test in tests:
+        name = test["measure"]
+        assert (test["a"], test["b"]) == pytest.approx((first[name], second[name]))
+        assert test["difference"]["mean"] == pytest.approx(first[name] - second[name]) != 0
+        assert "mcnemar_p" not in test
+
+
+def test_texts_without_a_number_have_no_perplexity_and_texts_without_words_are_refused(model_folders, tmp_path):
+    loaded = models.load_model(str(model_folders["gpt2"]), device="cpu", dtype="float32")
+    with torch.no_grad():
+        next(loaded.model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="2 of 2 texts, the first with id 0"):
+        evaluate(loaded.model, loaded.tokenizer, "perplexity", "bundled", limit=2)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "The dog."}\n{"text": "  "}\n')
+    with pytest.raises(ValueError, match="line 2 needs a text that is not empty"):
+        evaluate(loaded.model, loaded.tokenizer, "perplexity", path)
+    with pytest.raises(ValueError, match="takes no shots, got 2"):
+        evaluate(loaded.model, loaded.tokenizer, "perplexity", "bundled", shots=2)

@@ -165,3 +165,33 @@ def test_a_search_over_real_fine_tunings_stops_those_that_are_behind_and_names_t
     for run in map(read_run, stopped):
         assert run.curve("train_loss", "fine_tuned")[0] == [1, 2] and run.result is None
     assert sweep.run(plan, tmp_path / "s")["tried"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ evaluations
+
+
+def test_a_plan_of_evaluations_gives_a_row_of_measures_for_each_model_and_task(tmp_path):
+    values = {
+        "kind": "evaluation",
+        "base": {"data": "bundled", "limit": 3, "device": "cpu"},
+        "axes": {"model": ["tiny-gpt2"], "task": ["boolq", "perplexity"]},
+    }
+    found = sweep.run(values, tmp_path / "s")
+    assert (found["done"], found["failed"]) == (2, 0)
+    runs = [read_run(folder) for folder in sorted((tmp_path / "s" / "runs").iterdir()) if folder.name[0] != "."]
+    rows = {run.result["task"]: jobkinds.evaluation_columns(run.result) for run in runs}
+    assert rows["boolq"]["n"] == 3 and 0 <= rows["boolq"]["acc_low"] <= rows["boolq"]["acc"] <= 1
+    assert (
+        rows["perplexity"]["perplexity_low"] < rows["perplexity"]["perplexity"] < rows["perplexity"]["perplexity_high"]
+    )
+    assert "acc" not in rows["perplexity"]
+
+
+def test_an_evaluation_of_other_rows_or_another_precision_is_another_job(tmp_path):
+    def jobs(*configs: dict) -> int:
+        plans = [grid.read_plan({"kind": "evaluation", "base": config}) for config in configs]
+        return len({next(iter(grid.expand(plan).jobs)) for plan in plans})
+
+    assert jobs({}, {"name": "other"}, {"batch_tokens": 10}, {"cache": False}) == 1
+    others = [{"task": "hellaswag"}, {"limit": 3}, {"dtype": "bfloat16"}, {"shots": 1}, {"data": "bundled"}]
+    assert jobs({}, *others) == 1 + len(others)

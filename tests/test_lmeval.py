@@ -158,13 +158,13 @@ def test_long_texts_are_read_in_windows_as_the_harness_reads_them(harness, loade
 
 
 def test_windows_score_each_token_once_and_the_last_one_reaches_back():
-    made = lmeval.windows(range(1, 11), start=0, limit=4)
+    made = scoring.windows(range(1, 11), start=0, limit=4)
     assert [(list(one.context), list(one.choices[0])) for one in made] == [
         ([0], [1, 2, 3, 4]),
         ([4], [5, 6, 7, 8]),
         ([6, 7, 8], [9, 10]),
     ]
-    assert lmeval.windows([], start=0, limit=4) == []
+    assert scoring.windows([], start=0, limit=4) == []
 
 
 def test_texts_stop_where_each_request_says(harness, loaded):

@@ -135,6 +135,22 @@ def map_ties():
     return context, tuple(choices), 0
 
 
+@pytest.mark.parametrize("name", [*models.bundled_names(), STORIES])
+def test_texts_are_as_likely_as_in_the_harness_windows_of_long_ones_too(name, data_dir, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    loaded = load(name, data_dir)
+    whole = (data_dir / "wikitext2_test_raw.txt").read_text(encoding="utf-8")
+    texts = [whole[:3000], whole[5000:5200], PAIRS["unicode"][0]]
+    path = tmp_path / "texts.json"
+    path.write_text(json.dumps([{"text": text} for text in texts]))
+    peer = HFLM(pretrained=loaded.model, tokenizer=copy.deepcopy(loaded.tokenizer), batch_size=1)
+    theirs = peer.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts], disable_tqdm=True)
+    found = evaluation.evaluate(loaded.model, loaded.tokenizer, "perplexity", path)
+    for line, expected in zip(found["predictions"], theirs, strict=True):
+        assert line["loglikelihood"] == pytest.approx(float(expected), abs=1e-3 * max(1, line["tokens"] / 100))
+
+
 @pytest.mark.parametrize("name", models.bundled_names())
 def test_texts_are_those_of_the_harness_from_long_and_unicode_prompts_on(name):
     from lm_eval.models.huggingface import HFLM

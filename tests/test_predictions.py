@@ -66,7 +66,7 @@ def test_other_documents_or_other_gold_answers_are_not_compared():
     with pytest.raises(ValueError, match="other ids"):
         predictions.compare(choices("rr", ids=["a", "b"]), choices("rr", ids=["b", "a"]))
     changed = [line | {"gold": 0} for line in choices("rr")]
-    with pytest.raises(ValueError, match="other gold answers"):
+    with pytest.raises(ValueError, match="other texts or gold answers"):
         predictions.compare(choices("rr"), changed)
 
 

@@ -25,13 +25,13 @@ LEVELS = {
     6: "widgets panel pruning_panel staged_panel fine_tuning_panel head_map analysis_panel notebook headless "
     "selfcontained",
     5: "plots analysis_plots plots_training report earlier selfcheck equivalents example_grid overview overview_html",
-    4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds sweep pruning_grid "
+    4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds sweep workers pruning_grid "
     "comparison baselines cerebras",
-    3: "heads facts training trainer faster_layers evaluation optimization preparation checkpoints sparse_lora "
+    3: "heads facts training trainer evaluation optimization preparation checkpoints sparse_lora "
     "analysis selection journal pretrain pretrain_measure lmeval",
     2: "evaluate scoring generation tasks answers importance masks",
     1: "models predictions adapters packing losses compact architecture catalogue attention data instructions "
-    "task_files memory estimates colab machine",
+    "task_files memory estimates colab machine faster_layers projections",
     0: "__init__ registry strict errors ranks records redaction runlock runlog runs collection tables tracking runtime "
     "stats curves generated generated_words generated_tasks run_config manifest linefile summaries experiment_log "
     "exports",

@@ -24,7 +24,9 @@ HELLASWAG = {
     "label": "2",
 }
 GSM8K = {"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}
-ROW = {"boolq": BOOLQ, "hellaswag": HELLASWAG, "gsm8k": GSM8K}
+PAGE = {"page": " = Cats = \n\n Cats purr . "}
+ROW = {"boolq": BOOLQ, "hellaswag": HELLASWAG, "gsm8k": GSM8K, "perplexity": PAGE}
+WIKITEXT = "EleutherAI/wikitext_document_level"
 
 
 def write(path, *rows) -> str:
@@ -206,7 +208,17 @@ def test_the_hub_is_asked_for_the_official_split(monkeypatch):
         *(("aps/super_glue", "boolq", "train"), ("aps/super_glue", "boolq", "validation")),
         *(("Rowan/hellaswag", None, "train"), ("Rowan/hellaswag", None, "validation")),
         *(("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
+        *((WIKITEXT, "wikitext-2-raw-v1", "train"), (WIKITEXT, "wikitext-2-raw-v1", "test")),
     ]
+
+
+def test_a_text_is_read_as_it_stands_from_a_page_a_row_or_a_whole_file(tmp_path):
+    (tmp_path / "a.txt").write_text(" One.\nTwo. ")
+    assert [asked.context for asked in tasks.documents(tasks.read("perplexity", tmp_path / "a.txt"))] == [
+        " One.\nTwo. "
+    ]
+    rows = tasks.read("perplexity", write(tmp_path / "a.jsonl", PAGE, {"text": "Two."}))
+    assert [asked.context for asked in tasks.documents(rows)] == [PAGE["page"], "Two."]
 
 
 def test_the_hub_out_of_reach_gives_one_line_with_the_way_out():
@@ -263,7 +275,8 @@ def test_a_bad_row_is_named_with_file_line_and_field_and_left_out_only_if_asked(
         ("a.csv", 'passage,question,label\n"p,q,1\n', "is not CSV"),
         ("a.jsonl", b'{"a": "caf\xe9"}', "is not UTF-8 at byte 10"),
         ("a.parquet", b"no", "is not Parquet"),
-        ("a.txt", "x", r"data must be a .csv, .json, .jsonl or .parquet file, got"),
+        ("a.md", "x", r"data must be a .csv, .json, .jsonl, .parquet or .txt file, got"),
+        ("a.txt", "x", r"a.txt' needs a field 'passage', it has text"),
     ],
 )
 def test_a_file_that_holds_no_rows_is_named(tmp_path, name, content, message):
@@ -326,6 +339,9 @@ def test_what_is_trained_is_token_for_token_what_is_asked(model, name):
     tokenizer = models.load_tokenizer(model)
     rows = tasks.read(name, "bundled", limit=20)
     for asked, document in zip(tasks.documents(rows), tasks.training_documents(rows), strict=True):
+        if rows.task.kind == "rolling":
+            assert tokenizer(document.text)["input_ids"] == scoring.encode(tokenizer, [asked.context])[0]
+            continue
         row = data.completion_row(tokenizer, document, 256)
         ids, prompt = row["input_ids"].tolist(), row["prompt_length"]
         choices = asked.choices or (f" {asked.gold}",)
@@ -458,6 +474,9 @@ def test_every_task_says_all_that_reading_asking_and_teaching_need(name):
     rows = tasks.read(name, "bundled", limit=4)
     assert rows.task.shots == 0, "the bundled models have few positions"
     for asked, document in zip(tasks.documents(rows), tasks.training_documents(rows), strict=True):
+        if task.kind == "rolling":  # nothing is asked: a text to read, or to learn
+            assert not asked.choices and not task.new_tokens and (document.prompt, document.text) == ("", asked.context)
+            continue
         assert bool(asked.choices) == (task.kind == "choices") != bool(task.new_tokens) == bool(task.stops)
         right = asked.choices[asked.gold] if asked.choices else f" {asked.gold}"
         assert (document.prompt, document.text) == (asked.context, right) and right.startswith(" ")

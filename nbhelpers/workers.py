@@ -1,0 +1,181 @@
+"""How do several processes share one sweep? Workers under any scheduler, and several at once on this machine.
+
+A worker does jobs of a sweep's folder, each under a lease, until none is left that it could do. The folder has to be
+one and the same for all of them: whoever lays the plan down leaves a probe in `workers/`, a worker that does not find
+it refuses to start, and each leaves a probe of its own. SIGTERM and SIGUSR1 (schedulers send one before the time is
+up) stop the job at hand, whose run then says interrupted, and give its lease back; another worker goes on with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nbhelpers import grid, sweep
+from nbhelpers.grid import Plan
+from nbhelpers.ledger import Ledger
+from nbhelpers.records import plain, read_json, write_json
+from nbhelpers.runlock import is_alive, this_process
+
+FOLDER = "workers"
+PROBE, PLAN = "probe.json", "plan.json"
+SIGNALS = ("SIGTERM", "SIGUSR1")
+LOOK_SECONDS = 0.2
+RESTARTS = 3  # of workers of this machine that a signal ended, in one call
+COMMAND = (sys.executable, "-m", "nbhelpers")
+
+
+def lay_down(plan: str | Path | Mapping[str, Any] | Plan, folder: str | Path) -> dict[str, Any]:
+    """Freeze a plan in a folder without running anything, and leave the probe by which workers know it. Returns it."""
+    expansion = grid.expand(grid.read_plan(plan))
+    folder = Ledger.create(folder, expansion).folder
+    probe = folder / FOLDER / PROBE
+    probe.parent.mkdir(exist_ok=True)
+    if not probe.exists():
+        write_json(probe, {**this_process(), "token": secrets.token_hex(6)})
+    write_json(probe.with_name(PLAN), plain(expansion.plan))
+    return read_json(probe)
+
+
+def work(
+    plan: str | Path | Mapping[str, Any] | Plan,
+    folder: str | Path,
+    budget: str | float | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Do jobs of a plan that was laid down in this folder, beside other workers; the result is that of `sweep.run`.
+
+    Jobs that a dead worker left are taken over once its heartbeat is stale. ValueError without the plan's probe.
+    """
+    folder, allowed = Path(folder), sweep.parse_budget(budget)
+    _check_common(folder)
+    until = time.monotonic() + allowed
+    with _told_by_signals(should_stop) as stop, _present(folder):
+        while True:
+            left = None if budget is None else max(0.001, until - time.monotonic())
+            found = sweep.run(plan, folder, left, progress, stop)
+            if found["ended"] != "done" or not found["missing"] or not found["tried"]:
+                return found
+
+
+def present(folder: str | Path) -> list[dict[str, Any]]:
+    """The workers that may be at work in a folder now: {host, pid, utc}, by host and process."""
+    found = [read_json(path) for path in sorted((Path(folder) / FOLDER).glob("on-*.json"))]
+    return [one for one in found if is_alive(one)]
+
+
+def run(
+    plan: str | Path | Mapping[str, Any] | Plan,
+    folder: str | Path,
+    count: int,
+    budget: str | float | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """`count` workers on this machine until nothing is left to do; the result is that of `sweep.run`.
+
+    The cores are shared out among them unless OMP_NUM_THREADS says otherwise. A worker that a signal ended (memory,
+    say) is started again, RESTARTS times in all. A stop is passed on to each.
+    """
+    if count < 1:
+        raise ValueError(f"workers must be at least 1, got {count}")
+    sweep.parse_budget(budget)
+    folder = Path(folder)
+    lay_down(plan, folder)
+    before, started, restarts = sweep.status(folder), time.monotonic(), RESTARTS
+    workers = [_start(folder, count, budget) for _ in range(count)]
+    ended = "done"
+    try:
+        while any(worker.poll() is None for worker in workers):
+            if should_stop is not None and should_stop():
+                raise KeyboardInterrupt
+            killed = [worker for worker in workers if (worker.poll() or 0) < 0]
+            for worker in killed[:restarts]:
+                workers.remove(worker)
+                workers.append(_start(folder, count, budget))
+                restarts -= 1
+            time.sleep(LOOK_SECONDS)
+    except KeyboardInterrupt:
+        ended = "stopped"
+    finally:
+        _end(workers)
+    found = Ledger(folder).coverage()
+    if ended == "done" and found["missing"]:
+        ended = "budget" if budget is not None else "stopped"
+    tried = found["done"] + found["failed"] - before["done"] - before["failed"]
+    seconds = round(time.monotonic() - started, 3)
+    return found | {"ended": ended, "tried": tried, "seconds": seconds, "folder": str(folder)}
+
+
+def _start(folder: Path, count: int, budget: str | float | None) -> subprocess.Popen:
+    plan = folder / FOLDER / PLAN
+    words = [*COMMAND, "sweep", "worker", str(plan), "--folder", str(folder)]
+    words += [] if budget is None else ["--budget", str(budget)]
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+
+
+def _end(workers: list[subprocess.Popen]) -> None:
+    """Ask those that are at work to stop, and wait for them."""
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
+    for worker in workers:
+        worker.wait()
+
+
+def _check_common(folder: Path) -> None:
+    probe = folder / FOLDER / PROBE
+    if not probe.is_file():
+        raise ValueError(
+            f"'{folder}' has no {FOLDER}/{PROBE}: lay the plan down first (sweep plan PLAN --out DIR), and look "
+            "whether this machine sees the same folder"
+        )
+
+
+@contextlib.contextmanager
+def _present(folder: Path) -> Iterator[None]:
+    """A probe of this worker, renewed while it lives and gone after it."""
+    me = this_process()
+    probe, stop = folder / FOLDER / f"on-{me['host']}-{me['pid']}.json", threading.Event()
+
+    def renew() -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                write_json(probe, this_process(), durable=False)
+            if stop.wait(10):
+                return
+
+    thread = threading.Thread(target=renew, name="nbhelpers-worker", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+        probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told_by_signals(should_stop: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
+    """A should_stop that also hears SIGNALS; their handlers are put back afterwards. Only a main thread hears them."""
+    told = threading.Event()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        before = {number: signal.signal(number, lambda *_: told.set()) for number in numbers}
+    try:
+        yield lambda: told.is_set() or (should_stop is not None and should_stop())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

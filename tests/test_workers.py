@@ -1,0 +1,129 @@
+"""Do workers share a sweep without doing a job twice, hand back what they cannot finish, and refuse a wrong folder?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_jobs
+import pytest
+from fake_jobs import plan
+from typer.testing import CliRunner
+
+from nbhelpers import cli, grid, sweep, workers
+from nbhelpers.records import read_json, write_json
+from nbhelpers.runs import read_run
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = "import sys, fake_jobs; from nbhelpers.cli import main; main()"  # the command, with the kind of the tests
+
+
+@pytest.fixture(autouse=True)
+def with_fake_jobs(monkeypatch):
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", CODE))
+    monkeypatch.setenv("PYTHONPATH", f"{fake_jobs.TESTS}{os.pathsep}{ROOT}")
+
+
+def wait_for(what, seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.02)
+
+
+def start(folder: Path) -> subprocess.Popen:
+    words = [*workers.COMMAND, "sweep", "worker", str(folder / "workers" / "plan.json"), "--folder", str(folder)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+def begun(folder: Path, log: Path) -> bool:
+    """Whether a job is under way that sleeps before it is done."""
+    return any((folder / "runs").glob("*/metrics.jsonl")) and not log.exists()
+
+
+def test_two_workers_do_every_job_once_with_the_results_of_one(tmp_path):
+    log = tmp_path / "log"
+    values = plan(base={"log": str(log), "cost": 0.05}, axes={"a": list(range(12))})
+    found = workers.run(values, tmp_path / "s", 2)
+    assert (found["done"], found["missing"], found["tried"], found["ended"]) == (12, 0, 12, "done")
+    assert sorted(fake_jobs.done(log)) == [(a, 0.0, 0) for a in range(12)]
+    alone = sweep.run(plan(axes={"a": list(range(12))}), tmp_path / "alone")
+    assert alone["done"] == 12
+    totals = [[row["total"] for row in sweep.results(tmp_path / folder)] for folder in ("s", "alone")]
+    assert totals[0] == totals[1] == list(range(12))
+    assert workers.present(tmp_path / "s") == [], "no probe is left behind"
+    again = workers.run(values, tmp_path / "s", 2)
+    assert (again["tried"], again["done"], again["ended"]) == (0, 12, "done")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_worker_that_is_told_to_end_hands_its_job_back_and_another_one_does_it(number, tmp_path):
+    log = tmp_path / "log"
+    values = plan(base={"log": str(log), "cost": 1.0}, axes={"a": [1, 2]})
+    workers.lay_down(values, tmp_path / "s")
+    worker = start(tmp_path / "s")
+    wait_for(lambda: begun(tmp_path / "s", log))
+    assert len(workers.present(tmp_path / "s")) == 1
+    worker.send_signal(number)
+    _, said = worker.communicate(timeout=30)
+    assert worker.returncode == 130 and "run the same command again to go on" in said
+    assert fake_jobs.statuses(tmp_path / "s") == ["interrupted"]
+    assert sweep.status(tmp_path / "s")["running"] == 0, "the lease was given back"
+    found = workers.work(values, tmp_path / "s")
+    assert (found["done"], found["missing"]) == (2, 0) and sorted(fake_jobs.done(log)) == [(1, 0.0, 0), (2, 0.0, 0)]
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_killed_is_started_again_and_the_sweep_is_whole(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.setenv("FAKE_FATE", "3 middle")  # each worker dies in its third job
+    values = plan(base={"log": str(log), "cost": 0.01}, axes={"a": list(range(7))})
+    found = workers.run(values, tmp_path / "s", 2)
+    assert (found["done"], found["missing"]) == (7, 0)
+    assert sorted(fake_jobs.done(log)) == [(a, 0.0, 0) for a in range(7)]
+    assert len(fake_jobs.statuses(tmp_path / "s")) > 7, "somebody died"
+
+
+def test_a_folder_without_the_plan_s_probe_is_not_the_one_that_is_shared(tmp_path):
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="has no workers/probe.json: lay the plan down first"):
+        workers.work(plan(), tmp_path / "other")
+    assert not any((tmp_path / "other").iterdir())
+
+
+def test_a_probe_is_laid_down_once_and_says_where(tmp_path):
+    first = workers.lay_down(plan(axes={"a": [1]}), tmp_path / "s")
+    assert workers.lay_down(plan(axes={"a": [1, 2]}), tmp_path / "s") == first and len(first["token"]) == 12
+    assert read_json(tmp_path / "s" / "workers" / "plan.json")["axes"] == {"a": [1, 2]}
+    assert grid.read_plan(tmp_path / "s" / "workers" / "plan.json") == grid.read_plan(plan(axes={"a": [1, 2]}))
+
+
+def test_status_names_the_hosts_of_the_workers_and_leaves_out_dead_ones(tmp_path):
+    workers.lay_down(plan(), tmp_path / "s")
+    now = workers.this_process()
+    for pid, one in enumerate((now, now | {"host": "far"}, now | {"host": "far", "utc": "2020-01-01T00:00:00Z"})):
+        write_json(tmp_path / "s" / "workers" / f"on-{pid}.json", one)
+    assert [one["host"] for one in workers.present(tmp_path / "s")] == [now["host"], "far"]
+    words = ["sweep", "status", str(tmp_path / "s")]
+    shown = CliRunner().invoke(cli.build(words), words).stdout
+    assert f"workers: 1 on {now['host']}, 1 on far" in shown
+
+
+def test_a_single_row_can_be_done_alone_and_a_row_that_is_none_is_refused(tmp_path):
+    values = plan(axes={"a": [5, 6, 7]})
+    found = sweep.run(values, tmp_path / "s", only=2)
+    assert (found["tried"], found["done"], found["missing"]) == (1, 1, 2)
+    (run,) = [read_run(path) for path in (tmp_path / "s" / "runs").iterdir()]
+    assert run.config["a"] == 6
+    with pytest.raises(ValueError, match="only must be the number of a row, 1 to 3, got 4"):
+        sweep.run(values, tmp_path / "s", only=4)
+
+
+def test_fewer_than_one_worker_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        workers.run(plan(), tmp_path / "s", 0)
