@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nbhelpers import models
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -398,6 +400,22 @@ def test_both_models_were_evaluated_on_all_tasks_and_gave_the_harness_s_answers(
     held, ranked = measured_evaluation["memory"], measured_evaluation["labels"]
     assert ranked["labels"] == evaluation.LABELS
     assert measured_evaluation["targets"] == evaluation.targets(cells, held, ranked)
+
+
+@pytest.fixture(scope="module")
+def bundled_tasks():
+    return load("bundled_tasks")
+
+
+def test_every_bundled_model_learns_each_bundled_task_to_between_0_75_and_0_97(bundled_tasks):
+    measured = json.loads((RESULTS / "bundled_tasks.json").read_text(encoding="utf-8"))
+    cells = {(cell["model"], cell["task"]): cell for cell in measured["cells"]}
+    assert set(cells) == {(model, task) for model in models.bundled_names() for task in bundled_tasks.TASKS}
+    for cell in cells.values():
+        assert 0.75 <= cell["tuned"]["value"] <= 0.97 and cell["tuned"]["n"] == 500 and cell["facts_hold"], cell
+        assert cell["tuned"]["value"] > cell["before"]["value"] + 0.2
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(bundled_tasks.MARK)[1]
+    assert section.strip() == bundled_tasks.markdown(measured).strip()
 
 
 @pytest.fixture(scope="module")
