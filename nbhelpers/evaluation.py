@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import nn
 
 from nbhelpers import (
+    answer_cache,
     answers,
     facts,
     generation,
@@ -34,10 +35,7 @@ from nbhelpers.evaluate import evaluation_mode
 from nbhelpers.strict import StrictConfig
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 
-FORMAT = 1  # of the code that makes answers: a new number makes every cached answer an old one
 PARTIAL = "predictions.partial.jsonl"  # answers in the order in which they are given, until all are there
-CACHE = ".predictions"  # folder beside the run directories
-LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")  # whose versions may change an answer
 CHECKED = 2  # documents that are scored a second time, each choice alone
 
 
@@ -315,34 +313,27 @@ class EvaluationExperiment:
 
 
 def _identity(config: EvaluationConfig, rows: tasks.Rows, asked: Sequence[tasks.Asked]) -> dict[str, Any]:
-    """Everything that decides the answers, known before any weights are read. model None: a hub id, whose revision is
-    known once it is loaded."""
-    device = config.device or runtime.device()
-    return {
-        "format": FORMAT,
-        "model": models.files_fingerprint(config.model),
-        "adapter": None if config.adapter is None else models.files_fingerprint(config.adapter),
-        "documents": records.sha256_json([vars(document) for document in asked]),
-        "task": [rows.task.name, rows.task.version, list(rows.task.stops), rows.task.new_tokens],
-        "dtype": config.dtype,
-        "quantization": config.quantization,
-        "device": device.split(":")[0],
-        "libraries": {name: runtime.library_versions().get(name) for name in LIBRARIES},
-    }
+    return answer_cache.identity(
+        config.model,
+        rows,
+        asked,
+        device=config.device,
+        adapter=None if config.adapter is None else models.files_fingerprint(config.adapter),
+        dtype=config.dtype,
+        quantization=config.quantization,
+    )
 
 
 def _run(config, tracker: ExperimentTracker, rows, asked, identity, progress, should_stop) -> dict[str, Any]:
     tell = progress or (lambda now: None)
     folder = tracker.run_dir
     known = identity["model"] is not None and (config.adapter is None or identity["adapter"] is not None)
-    cached = folder.parent / CACHE / f"{records.sha256_json(identity)}.json" if config.cache and known else None
-    before, used, speed = _from_before(cached, asked), None, None
+    cached = answer_cache.place(folder, identity) if config.cache and known else None
+    before, used, speed = answer_cache.read(cached, asked), None, None
     if before is None:
         lines, checked, precision, used, speed = _answer(config, tracker, rows, asked, tell, should_stop)
         checked = [fact.as_dict() for fact in checked]
-        if cached is not None and all(fact["ok"] for fact in checked):
-            _made(cached)
-            records.write_json(cached, {"lines": lines, "facts": checked, "precision": precision})
+        answer_cache.write(cached, lines, checked, precision)
     else:
         lines, checked, precision = before["lines"], before["facts"], before["precision"]
     came = "measured" if before is None else "cached"
@@ -414,23 +405,6 @@ def _facts(loaded: models.LoadedModel, task: tasks.Task, asked: Sequence[tasks.A
         return [facts.texts_score_as_the_model_reads_them(loaded.model, first)]
     few = [_question(loaded.tokenizer, document) for document in asked[:CHECKED]]
     return [facts.choices_score_as_alone(loaded.model, few)]
-
-
-def _from_before(cached: Path | None, asked: Sequence[tasks.Asked]) -> dict[str, Any] | None:
-    """{lines, facts, precision} of answers made before by the same weights to the same documents, or None."""
-    if cached is None or not cached.is_file():
-        return None
-    try:
-        found = records.read_json(cached)
-        found["lines"] = [records.restore(line) for line in found["lines"]]
-    except (ValueError, KeyError, TypeError):  # torn or of another make
-        return None
-    return found if len(found["lines"]) == len(asked) else None
-
-
-def _made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _as_lines(lines: Sequence[Mapping[str, Any]]) -> str:

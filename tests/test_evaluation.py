@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nbhelpers import adapters, attention, evaluation, models, predictions, preparation, scoring
+from nbhelpers import adapters, answer_cache, attention, evaluation, models, predictions, preparation, scoring
 from nbhelpers.evaluation import EvaluationConfig, EvaluationExperiment, evaluate
 from nbhelpers.records import read_lines
 from nbhelpers.runs import read_run
@@ -190,7 +190,7 @@ def test_whatever_decides_the_answers_makes_old_ones_useless(change, own_model, 
 
 def test_a_cached_file_that_is_torn_is_not_used(own_model, stories, tmp_path):
     assert came(config(own_model, stories), tmp_path) == "measured"
-    (path,) = (tmp_path / evaluation.CACHE).glob("*.json")
+    (path,) = (tmp_path / answer_cache.FOLDER).glob("*.json")
     path.write_text(path.read_text()[:-20])
     assert came(config(own_model, stories), tmp_path) == "measured"
 

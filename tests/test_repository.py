@@ -27,7 +27,7 @@ LEVELS = {
     5: "plots analysis_plots plots_training report earlier selfcheck equivalents example_grid overview overview_html",
     4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds sweep workers pruning_grid "
     "comparison baselines cerebras",
-    3: "heads facts training trainer evaluation optimization preparation checkpoints sparse_lora "
+    3: "heads facts training trainer answer_cache evaluation optimization preparation checkpoints sparse_lora "
     "analysis selection journal pretrain pretrain_measure lmeval",
     2: "evaluate scoring generation tasks answers importance masks",
     1: "models predictions adapters packing losses compact architecture catalogue attention data instructions "
