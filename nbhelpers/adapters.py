@@ -17,6 +17,8 @@ from nbhelpers import records
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "nbhelpers_base.json"  # what PEFT's own file cannot say: how the model below was loaded
+MASK = "adapter_mask.safetensors"  # beside adapters whose delta respects a mask (sparse_lora.py)
+MASKED = "kept_bits"  # buffer of a layer whose delta is masked
 FORMAT = 1
 PREFIX = "base_model.model."  # of every weight in a file written by PEFT
 
@@ -52,13 +54,16 @@ def unload(model: nn.Module) -> None:
     model.__dict__.pop("peft_config", None)
 
 
-def save(model: nn.Module, folder: Path, files: str | None = None) -> None:
+def save(model: nn.Module, folder: Path, files: str | None = None, *, masked: bool = False) -> None:
     """Write the adapters of a model as PEFT does, and beside them what they belong on (ValueError: unknown).
 
-    files: sha256 over the files of the model below, None for a hub model.
+    files: sha256 over the files of the model below, None for a hub model. masked: the caller writes the mask that the
+    adapters respect; ValueError where they respect one and nobody would.
     """
     from safetensors.torch import save_file
 
+    if not masked and any(name.endswith(f".{MASKED}") for name in model.state_dict()):
+        raise ValueError("the adapters respect a mask: merge them, or save them with sparse_lora.save")
     below = getattr(model, "nbhelpers_loaded", None)
     if below is None:
         raise ValueError("a model with adapters can be saved only where it was loaded by load_model; merge them first")
@@ -86,11 +91,14 @@ def base_of(folder: str | Path) -> dict | None:
     return {name: content.get(name) for name in ("model", "quantization", "dtype", "files")}
 
 
-def put_on(model: nn.Module, folder: str | Path) -> None:
-    """Put the adapters of a folder on the model they belong on, in place. ValueError if they do not fit."""
+def put_on(model: nn.Module, folder: str | Path, *, masked: bool = False) -> None:
+    """Put the adapters of a folder on the model they belong on, in place. ValueError if they do not fit, or respect a
+    mask that the caller does not put on too (`masked`)."""
     from peft import PeftModel
     from safetensors import safe_open
 
+    if not masked and (Path(folder) / MASK).exists():
+        raise ValueError(f"the adapters in {str(folder)!r} respect a mask: load them with sparse_lora.load")
     with safe_open(str(Path(folder) / WEIGHTS), "pt") as file:
         names = set(file.keys())
     try:

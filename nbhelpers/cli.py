@@ -28,6 +28,11 @@ COMMANDS = {
         "write each notebook as one file that carries the package and a tiny model",
         "commands.notebooks_colab",
     ),
+    "masks create": ("choose which weights go: nested masks of several sparsities", "commands_masks.masks_create"),
+    "masks verify": ("is a mask file whole, and are a model's masked weights zero?", "commands_masks.masks_verify"),
+    "masks stats": ("how many weights go, in all and in each projection", "commands_masks.masks_stats"),
+    "masks overlap": ("what two masks keep in common", "commands_masks.masks_overlap"),
+    "masks apply": ("set a model's masked weights to zero and save it", "commands_masks.masks_apply"),
     "sweep plan": ("what a plan would run: jobs, aliases, time", "commands_sweep.sweep_plan"),
     "sweep run": ("do what is missing of a plan, in a folder that survives a kill", "commands_sweep.sweep_run"),
     "sweep worker": ("do jobs of a sweep's shared folder, under any scheduler", "commands_sweep.sweep_worker"),
@@ -42,6 +47,7 @@ COMMANDS = {
 }
 GROUPS = {
     "runs": "look at runs: list, compare, export, watch",
+    "masks": "which weights of a model go",
     "notebooks": "the notebooks, headless",
     "sweep": "a grid of jobs from one plan",
 }

@@ -22,6 +22,8 @@ from nbhelpers import (
     answers,
     facts,
     generation,
+    mask_files,
+    masks,
     memory,
     models,
     predictions,
@@ -55,6 +57,8 @@ class EvaluationConfig(StrictConfig):
     limit: int | None = Field(None, ge=1, description="the first so many rows, in order; None = all")
     lenient: bool = Field(False, description="leave out rows that cannot be used, and list them")
     adapter: str | None = Field(None, description="folder of adapters (PEFT) to put on the model; None = none")
+    masks: str | None = Field(None, description="mask file to apply before anything is asked; None = none")
+    masks_sparsity: float | None = Field(None, ge=0, le=1, description="which of its sparsities; None = the only one")
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="weights in 8 or 4 bits; None = as they are")
     dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of weights"
@@ -319,9 +323,17 @@ def _identity(config: EvaluationConfig, rows: tasks.Rows, asked: Sequence[tasks.
         asked,
         device=config.device,
         adapter=None if config.adapter is None else models.files_fingerprint(config.adapter),
+        masks=None if config.masks is None else [records.sha256_known(_mask_file(config.masks)), config.masks_sparsity],
         dtype=config.dtype,
         quantization=config.quantization,
     )
+
+
+def _mask_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise LookupError(f"mask file {name!r} does not exist")
+    return path
 
 
 def _run(config, tracker: ExperimentTracker, rows, asked, identity, progress, should_stop) -> dict[str, Any]:
@@ -338,7 +350,7 @@ def _run(config, tracker: ExperimentTracker, rows, asked, identity, progress, sh
         lines, checked, precision = before["lines"], before["facts"], before["precision"]
     came = "measured" if before is None else "cached"
     tracker.event("answers", came=came, documents=len(lines))
-    records.write_atomic(folder / predictions.FILE, _as_lines(lines))
+    records.write_atomic(folder / predictions.FILE, as_lines(lines))
     (folder / PARTIAL).unlink(missing_ok=True)
     found = measures(lines, rows.task.metrics)
     protocol = tasks.protocol(rows, config.shots) | precision
@@ -366,6 +378,9 @@ def _answer(config, tracker: ExperimentTracker, rows, asked, tell, should_stop):
         loaded = models.load_model(
             config.model, device=config.device, dtype=config.dtype, quantization=config.quantization
         )
+        if config.masks is not None:  # before adapters: a mask is one of the model's own weights
+            chosen = mask_files.load(_mask_file(config.masks), loaded.model).levels.lazily(config.masks_sparsity)
+            masks.apply(loaded.model, chosen)
         if config.adapter is not None:
             models.put_adapters(loaded.model, config.adapter)
         if models.locate(config.model)[0] == "hub":  # else the files were compared before
@@ -374,6 +389,8 @@ def _answer(config, tracker: ExperimentTracker, rows, asked, tell, should_stop):
             lines[line["number"]] = records.restore(line["answer"])
         left = [number for number, line in enumerate(lines) if line is None]
         checked, precision = _facts(loaded, rows.task, asked), precision_of(loaded.model)
+        if config.masks is not None and config.adapter is None:
+            checked.append(facts.mask_holds(loaded.model, chosen))
         started, before = time.perf_counter(), len(asked) - len(left)
         try:
             for number, line in answered(
@@ -407,7 +424,8 @@ def _facts(loaded: models.LoadedModel, task: tasks.Task, asked: Sequence[tasks.A
     return [facts.choices_score_as_alone(loaded.model, few)]
 
 
-def _as_lines(lines: Sequence[Mapping[str, Any]]) -> str:
+def as_lines(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The text of predictions.jsonl."""
     return "".join(records.canonical_json(records.plain(line)) + "\n" for line in lines)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nbhelpers import adapters, attention, compact, data, evaluate, heads, memory, models, scoring
+from nbhelpers import adapters, attention, compact, data, evaluate, heads, masks, memory, models, scoring
 from nbhelpers.architecture import geometry
 from nbhelpers.attention import Head
 
@@ -337,6 +337,18 @@ def _apart(model: nn.Module, questions: Sequence[scoring.Question]) -> tuple[flo
             apart = max(apart, abs(shared[number][at] - own))
     longest = max(len(choice) for asked in questions for choice in asked.choices)
     return apart, max(1e-3, 1e-5 * longest) if next(model.parameters()).dtype == torch.float32 else 0.5
+
+
+def mask_holds(model: nn.Module, mask) -> Fact:
+    """Every weight that the mask leaves out is zero in this model, as it is now."""
+    found = masks.verify(model, mask)
+    return Fact(
+        "mask_holds_in_the_evaluated_model",
+        found["ok"],
+        "in the model that was evaluated every weight that the mask leaves out is zero",
+        f"{found['violations']:,} violations in {found['layers']} layers",
+        {"violations": found["violations"], "layers": found["layers"]},
+    )
 
 
 def texts_are_disjoint(corpus: data.Corpus) -> Fact:

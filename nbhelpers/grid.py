@@ -49,6 +49,9 @@ class JobKind:
     similar: Callable[[Mapping[str, Any]], Any] = lambda config: None  # jobs of equal key cost about the same
     estimate: Callable[[BaseModel], float | None] = lambda config: None  # seconds, where nothing was measured yet
     columns: Callable[[Mapping[str, Any]], dict[str, Any]] = dict  # a run's result -> columns of a results table
+    early: Callable[[Mapping[str, Any]], int] = lambda config: 0  # jobs of a lower number come first
+    shares: Callable[[Mapping[str, Any]], Any] = lambda config: None  # jobs of equal key come together (one model, say)
+    close: Callable[[], None] = lambda: None  # gives back what jobs of one process shared
     resumes: bool = False  # run(..., resume=True) goes on in the run directory of a try that was interrupted
     # validation losses on the way, lower is better: of one progress report, and of a Run; None where there are none
     heard: Callable[[Mapping[str, Any]], tuple[int, float] | None] | None = None
@@ -338,6 +341,15 @@ def _job(plan: Plan, kind: JobKind, axes: Mapping[str, list], place: Mapping[str
     if "name" in kind.config.model_fields and not {"name"} & {*plan.base, *axes}:
         written["name"] = label or plan.name
     return Job(digest[:ID_LETTERS], label or plan.name, written, plain(values), digest)
+
+
+def in_order(expansion: Expansion, jobs: Sequence[Job]) -> list[Job]:
+    """`spread`, and of these first those that their kind wants early, and together those that share something."""
+    kind, ordered = expansion.kind, spread(jobs, expansion.plan.order_seed)
+    met: dict[str, int] = {}
+    for job in ordered:
+        met.setdefault(repr(kind.shares(job.config)), len(met))
+    return sorted(ordered, key=lambda job: (kind.early(job.config), met[repr(kind.shares(job.config))]))
 
 
 # --- order ----------------------------------------------------------------------------------------------------------

@@ -86,6 +86,65 @@ def evaluation_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+@KINDS.register("sparsity")
+def sparsity() -> JobKind:
+    """Mask, LoRA, merge, evaluation: sparsity.SparsityExperiment. A job that was killed is masked again, alike, and
+    goes on from its newest checkpoint."""
+    from nbhelpers import mask_sets, shared_models
+    from nbhelpers.sparsity import SparsityConfig, SparsityExperiment
+
+    def close() -> None:
+        shared_models.release()
+        mask_sets.release()
+
+    return JobKind(
+        config=SparsityConfig,
+        run=SparsityExperiment.run,
+        resolve=_resolved_sparsity,
+        fingerprint=lambda config: {
+            "model": _model_files(config.model),
+            "data": config.data and _text_file(config.data),
+            "train_data": config.train_data and _text_file(config.train_data),
+        },
+        similar=lambda config: [config[name] for name in ("model", "task", "steps", "batch_size", "tuning")],
+        columns=sparsity_columns,
+        resumes=True,
+        early=lambda config: EARLY.get(config["sparsity"], len(EARLY)),
+        shares=lambda config: config["model"],
+        close=close,
+        heard=_heard_validation,
+        seen=_seen_validations,
+    )
+
+
+EARLY = {0: 0, 0.5: 1, 0.9: 2}  # a curve is seen from its ends and its middle
+
+
+def _resolved_sparsity(config) -> dict[str, Any]:
+    """The config without its name and how it is split into passes, and with one value where several mean the same."""
+    values = config.model_dump(exclude={"name", "micro_batch_size", "checkpoint_every", "keep_model"})
+    if config.is_dense:  # no weight goes, so nothing of how it would be chosen matters
+        values |= dict.fromkeys(("pattern", "importance", "scope", "dimension", "mode", "calibration_rows"))
+    if config.tuning == "none":
+        values |= dict.fromkeys(("steps", "learning_rate", "batch_size", "lora_rank", "lora_alpha", "validations"))
+    return values
+
+
+def sparsity_columns(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of one run: the task's measure as it is, masked and tuned, its interval, and what was proved."""
+    metric, merge, mask = result.get("metric"), result.get("merge") or {}, result.get("mask") or {}
+    found: dict[str, Any] = {"metric": metric}
+    for stage in ("dense", "masked", "tuned"):
+        found[stage] = (result.get(stage) or {}).get(metric)
+    tuned = result.get("tuned") or {}
+    interval = tuned.get(f"{metric}_interval") or {}
+    found |= {"tuned_low": interval.get("low"), "tuned_high": interval.get("high"), "n": tuned.get("n")}
+    found |= {"mask_sha256": mask.get("sha256"), "measured_sparsity": mask.get("sparsity")}
+    found |= {f"merge_{name}": merge.get(name) for name in ("difference", "violations", "withheld")}
+    names = ("all_facts_hold", "validation_nll", "tokens_per_second", "steps", "best_step", "overhead_share")
+    return found | {name: result.get(name) for name in names}
+
+
 # Fields of a fine-tuning that decide what it costs.
 COSTS = ("model", "data", "method", "steps", "batch_size", "window", "control", "packing", "gradient_checkpointing")
 

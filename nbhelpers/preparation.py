@@ -7,7 +7,7 @@ object that was given is the object that comes back, with trained weights and ot
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +20,12 @@ COMPARED = 16  # tokens of a row on which merged and unmerged logits are compare
 
 
 @contextmanager
-def prepared(model: nn.Module, config: Any, precision: str) -> Iterator[nn.Module]:
+def prepared(
+    model: nn.Module, config: Any, precision: str, put_on: Callable[[nn.Module], nn.Module] | None = None
+) -> Iterator[nn.Module]:
     """The module to train: the model itself, or for lora and qlora the model wrapped by peft.
+
+    put_on: puts the adapters on in place of `with_adapters`.
 
     Whatever is trained is float32 (with precision fp32 also what is not). Afterwards, also after an error: number
     formats, requires_grad, training mode, use_cache and activation checkpointing are as before, and adapters that were
@@ -35,7 +39,9 @@ def prepared(model: nn.Module, config: Any, precision: str) -> Iterator[nn.Modul
             if (config.method == "full" or precision == "fp32") and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(config.method == "full")
-        trainable = model if config.method == "full" else with_adapters(model, config)
+        trainable = model
+        if config.method != "full":
+            trainable = put_on(model) if put_on is not None else with_adapters(model, config)
         if config.gradient_checkpointing:  # after the adapters: peft would set the same hook a second time, for good
             _checkpoint_activations(model)
         yield trainable

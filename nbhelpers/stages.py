@@ -73,11 +73,18 @@ class StagedExperiment:
         )
 
     def _train(
-        self, model, stage: str, settings: training.TrainingConfig, *, resume: bool = False, samples: bool = False
+        self,
+        model,
+        stage: str,
+        settings: training.TrainingConfig,
+        *,
+        resume: bool = False,
+        samples: bool = False,
+        sparse: tuple | None = None,
     ) -> training.TrainingResult:
         """Fine-tune the model in place; its curves go under `stage`, its record beside. Interrupted after a stop.
 
-        samples: let it write a text at each validation.
+        samples: let it write a text at each validation. sparse: (mask, mode), see training.fine_tune.
         """
         self.tracker.event("stage", stage=f"training {stage}")
         self.training = True
@@ -92,6 +99,7 @@ class StagedExperiment:
             should_stop=self.should_stop,
             sampler=(lambda: self._sample(model)) if samples else None,
             resume=resume,
+            sparse=sparse,
         )
         self.training = False
         if result.status == "stopped":

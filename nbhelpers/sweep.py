@@ -61,7 +61,7 @@ def preview(plan: str | Path | Mapping[str, Any] | Plan) -> dict[str, Any]:
     expansion = grid.expand(grid.read_plan(plan))
     if expansion.plan.search is not None:
         return _preview_search(expansion, expansion.plan.search)
-    ordered = grid.spread(list(expansion.jobs.values()), expansion.plan.order_seed)
+    ordered = grid.in_order(expansion, list(expansion.jobs.values()))
     seconds = [_estimate(expansion, job) for job in ordered]
     known = [value for value in seconds if value is not None]
     return {
@@ -223,7 +223,7 @@ class _Sweep:
             if job := self.ledger.jobs.get(key):
                 self._learn(job, seconds)
         jobs = list(self.ledger.jobs.values())
-        ordered = grid.spread(jobs, self.expansion.plan.order_seed)
+        ordered = grid.in_order(self.expansion, jobs)
         if self.search:  # as they were asked for
             ordered = [self.ledger.jobs[job] for job in dict.fromkeys(row.job for row in self.ledger.rows)]
         # jobs that a killed process left go last: one that kills its process must not keep the others from their turn
@@ -236,6 +236,8 @@ class _Sweep:
             how = self._pass()
         except (KeyboardInterrupt, Interrupted):
             how = "stopped"
+        finally:
+            self.kind.close()
         return self.ledger.coverage() | {
             "ended": how,
             "tried": self.tried,

@@ -21,17 +21,19 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports from its own level or below, and there is no cycle. A new module needs a line here and in README.
 LEVELS = {
-    7: "cli commands commands_runs commands_training commands_evaluation commands_sweep __main__",
+    7: "cli commands commands_runs commands_training commands_evaluation commands_sweep commands_masks __main__",
     6: "widgets panel pruning_panel staged_panel fine_tuning_panel head_map analysis_panel notebook headless "
     "selfcontained",
     5: "plots analysis_plots plots_training report earlier selfcheck equivalents example_grid overview overview_html",
-    4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds sweep workers pruning_grid "
-    "comparison baselines cerebras",
+    4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds sweep workers sparsity "
+    "pruning_grid comparison baselines cerebras",
     3: "heads facts training trainer answer_cache evaluation optimization preparation checkpoints sparse_lora "
+    "masked_adapters mask_sets calibration "
     "analysis selection journal pretrain pretrain_measure lmeval",
-    2: "evaluate scoring generation tasks answers importance masks",
+    2: "evaluate scoring generation tasks answers importance sparsegpt layer_inputs masks mask_files mask_statistics "
+    "mask_patterns mask_selection shared_models channels",
     1: "models predictions adapters packing losses compact architecture catalogue attention data instructions "
-    "task_files memory estimates colab machine faster_layers projections",
+    "task_files memory estimates colab machine faster_layers projections masked_linear",
     0: "__init__ registry strict errors ranks records redaction runlock runlog runs collection tables tracking runtime "
     "stats curves generated generated_words generated_tasks run_config manifest linefile summaries experiment_log "
     "exports",

@@ -1,0 +1,212 @@
+"""Which mask does a run want, and was it made before? One ranking of the weights serves all sparsities of a sweep.
+
+Masks of the ten usual sparsities are made together, nested, from one scoring, and kept beside the run directories under
+everything that decides them: the model's files, importance, pattern, scope, seed, and where the importance looks at
+data the fingerprint of the calibration rows, so that the scores of one task never serve another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nbhelpers import calibration, channels, facts, importance, mask_files, masks, records
+from nbhelpers.facts import Fact
+from nbhelpers.mask_patterns import SCOPES
+from nbhelpers.projections import projections
+from nbhelpers.registry import unknown
+
+FORMAT = 1  # of the code that scores and selects: a new number makes every kept set an old one
+FOLDER = ".masks"  # beside the run directories
+IMPORTANCES = tuple(importance.IMPORTANCE)
+USUAL = tuple(tenth / 10 for tenth in range(1, 10))
+GROUP = 4  # M of N:M
+log = logging.getLogger(__name__)
+_held: dict[str, masks.Levels] = {}  # the set that was used last
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What decides which weights go first."""
+
+    pattern: str
+    importance: str
+    scope: str
+    dimension: str
+    seed: int
+
+    @classmethod
+    def of(cls, config: Any) -> Wanted:
+        """scope, where the pattern knows it; N:M compares within its groups."""
+        scope = SCOPES["nm"][0] if config.pattern == "nm" else config.scope
+        return cls(config.pattern, config.importance, scope, config.dimension, config.seed)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The mask of one sparsity out of a set. came: "measured", or "cached" where the set was made before."""
+
+    levels: masks.Levels
+    sparsity: float
+    wanted: Wanted
+    scored_on: str | None  # fingerprint of the calibration rows
+    came: str
+
+    @property
+    def mask(self) -> Mapping[str, Any]:
+        return self.levels.lazily(self.sparsity)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of this mask alone, one bit a weight: that of a file that holds nothing else."""
+        return mask_files.sha256(masks.pack(self.mask))
+
+    def apply(self, model: nn.Module) -> None:
+        masks.apply(model, self.mask)
+
+    def fact(self, model: nn.Module) -> Fact:
+        """Exactly as many weights (rows, channels) go as were asked for, counted on the mask itself."""
+        counted = _groups(self, model)
+        if self.wanted.scope == "global":
+            counted = {"all": tuple(map(sum, zip(*counted.values(), strict=True)))}
+        wrong = [
+            n for n, (gone, whole, of) in counted.items() if gone != masks.count(self.sparsity, of) or gone != whole
+        ]
+        gone, asked = (sum(values) for values in zip(*self._gone_and_asked(counted), strict=True))
+        return Fact(
+            "mask_leaves_out_as_many_as_asked",
+            not wrong and bool(counted),
+            "the mask leaves out exactly as many as the sparsity says",
+            f"{gone:,} of {sum(of for _, _, of in counted.values()):,} {self._unit}, asked {asked:,}"
+            + (f", wrong in {wrong[0]}" if wrong else ""),
+            {"gone": gone, "asked": asked, "unit": self._unit, "wrong": wrong[:3]},
+        )
+
+    def _gone_and_asked(self, counted: Mapping[str, tuple[int, int, int]]) -> list[tuple[int, int]]:
+        return [(gone, masks.count(self.sparsity, of)) for gone, _, of in counted.values()]
+
+    @property
+    def _unit(self) -> str:
+        return {"structured": self.wanted.dimension}.get(self.wanted.pattern, "weights")
+
+    def holds_in(self, model: nn.Module) -> Fact:
+        return facts.mask_holds(model, self.mask)
+
+    def record(self) -> dict[str, Any]:
+        gone = sum(int((~kept).sum()) for kept in self.mask.values())
+        return {
+            "sha256": self.sha256,
+            "sparsity": gone / self.levels.numbers,
+            "masked": gone,
+            "numbers": self.levels.numbers,
+            "of": "weights of the covered projections",
+            "estimator": importance.estimator(self.wanted.importance),
+            "scored_on": self.scored_on,
+            "came": self.came,
+            **{name: value for name, value in vars(self.wanted).items() if name != "importance"},
+        }
+
+
+def check(name: str) -> None:
+    """LookupError for an importance that there is not."""
+    if name not in IMPORTANCES:
+        raise LookupError(unknown("importance", name, IMPORTANCES))
+
+
+def chosen(
+    model: nn.Module,
+    wanted: Wanted,
+    sparsity: float,
+    rows: Sequence[dict],
+    *,
+    model_files: Any,
+    folder: Path,
+    should_stop: Callable[[], bool] | None = None,
+) -> Chosen:
+    """The mask of this sparsity, from the set that was made before or a new one.
+
+    rows: what an importance that looks at data is scored on. model_files: what identifies the model's weights; None
+    (a hub model, say): nothing is kept on disk.
+    """
+    looks = importance.needs_data(wanted.importance)
+    scored_on = calibration.fingerprint(rows) if looks else None
+    content = {"format": FORMAT, "model": model_files, "sparsities": _together(wanted, sparsity), **vars(wanted)}
+    key = records.sha256_json(content | {"scored_on": scored_on})
+    path = folder / f"{key}.safetensors"
+    if key in _held:
+        return Chosen(_held[key], sparsity, wanted, scored_on, "cached")
+    came = "measured"
+    if model_files is not None and path.is_file():
+        levels, came = mask_files.load(path, model).levels, "cached"
+    else:
+        levels = _made(model, wanted, content["sparsities"], rows if looks else None, should_stop)
+        if model_files is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            mask_files.save(path, levels, importance=wanted.importance, seed=wanted.seed)
+    _held.clear()
+    _held[key] = levels
+    return Chosen(levels, sparsity, wanted, scored_on, came)
+
+
+def _made(model, wanted: Wanted, sparsities, rows, should_stop) -> masks.Levels:
+    log.info("scoring weights by %s", wanted.importance)
+    options = {"pattern": wanted.pattern, "scope": wanted.scope}
+    options |= {"dimension": wanted.dimension} if wanted.pattern == "structured" else {}
+    options |= {"group": GROUP} if wanted.pattern == "nm" else {}
+    if wanted.importance == "magnitude":
+        return masks.create(model, masks.weights(model), sparsities, absolute=True, **options)
+
+    def scores():
+        return importance.scores(model, wanted.importance, rows, seed=wanted.seed, should_stop=should_stop)
+
+    again = wanted.pattern == "unstructured" and wanted.scope == "global"
+    held = dict(scores()) if again and rows is not None else scores
+    return masks.create(model, held, sparsities, **options)
+
+
+def _together(wanted: Wanted, sparsity: float) -> list[float]:
+    """The sparsities of the set that this one belongs to."""
+    usual = [n / GROUP for n in range(1, GROUP)] if wanted.pattern == "nm" else list(USUAL)
+    return sorted({*usual, float(sparsity)})
+
+
+def _groups(found: Chosen, model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """By what counts are exact in: (groups of which something goes, that go as a whole, of so many). A group is a
+    weight, or of pattern structured a row, column or channel."""
+    counted: dict[str, tuple[int, int, int]] = {}
+    structured = found.wanted.pattern == "structured"
+    reads = _columns(found.wanted, model)
+    for one in projections(model, accept_low_coverage=True).covered:
+        if structured and one.name not in reads:
+            continue
+        gone = one.as_matrix(~found.mask[one.name])
+        for number, matrix in enumerate(gone if gone.ndim == 3 and structured else [gone]):
+            name = f"{one.name}[{number}]" if gone.ndim == 3 and structured else one.name
+            if structured:
+                matrix = matrix.t() if reads[one.name] else matrix
+                counted[name] = (int(matrix.any(1).sum()), int(matrix.all(1).sum()), len(matrix))
+            elif found.wanted.scope == "row":
+                rows = matrix.reshape(-1, matrix.shape[-1]).sum(1)
+                counted |= {f"{name} row {at}": (int(n), int(n), matrix.shape[-1]) for at, n in enumerate(rows)}
+            else:
+                total = int(matrix.sum())
+                counted[name] = (total, total, matrix.numel())
+    return counted
+
+
+def _columns(wanted: Wanted, model: nn.Module) -> dict[str, bool]:
+    """Name of each projection that has groups -> whether its groups are columns. Of channels those that read them."""
+    if wanted.dimension == "channels":
+        return {list(block)[-1]: True for block in channels.coupled(model)}
+    return {one.name: wanted.dimension == "inputs" for one in projections(model, accept_low_coverage=True).covered}
+
+
+def release() -> None:
+    """Forget the set that is held in memory."""
+    _held.clear()

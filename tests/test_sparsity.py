@@ -1,0 +1,248 @@
+"""Does a run mask, tune, merge and measure what it says, share what jobs have in common, and catch its own faults?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from nbhelpers import evaluation, mask_sets, masked_adapters, masks, models, shared_models, sparsity, sweep, training
+from nbhelpers.grid import expand, read_plan
+from nbhelpers.jobkinds import sparsity_columns
+from nbhelpers.records import read_lines
+from nbhelpers.runs import read_run
+from nbhelpers.sparsity import SparsityConfig, SparsityExperiment
+
+QUICK = {"model": "tiny-gpt2", "task": "boolq", "limit": 8, "steps": 3, "batch_size": 4, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    yield
+    shared_models.release()
+    mask_sets.release()
+
+
+def run(folder, **changes) -> dict:
+    return SparsityExperiment.run(SparsityConfig(**QUICK | changes), run_dir=folder)
+
+
+def failed(result: dict) -> list[str]:
+    return [fact["name"] for fact in result["facts"] if not fact["ok"]]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A sparse-to-sparse run that saved its model."""
+    return run(tmp_path_factory.mktemp("kept") / "run", keep_model=True)
+
+
+def test_a_run_measures_three_times_and_proves_its_mask(kept):
+    assert kept["all_facts_hold"] and kept["mask"]["sparsity"] == 0.5 and kept["merge"]["violations"] == 0
+    names = {fact["name"] for fact in kept["facts"]}
+    assert names >= {
+        "mask_leaves_out_as_many_as_asked",
+        "merged_model_computes_the_same",
+        "masked_weights_are_zero_after_merging",
+        "deltas_were_masked_by_the_stored_mask",
+        "mask_holds_in_the_evaluated_model",
+        "test_text_was_not_trained_on",
+        "loss_is_on_the_completion_alone",
+    }
+    assert all(0 <= kept[stage]["acc"] <= 1 and kept[stage]["n"] == 8 for stage in ("dense", "masked", "tuned"))
+    assert kept["protocol"]["generated"] and kept["text"]["generated"]
+    assert sum(kept["seconds"][name] for name in ("loading", "masking", "evaluating", "training")) <= (
+        kept["seconds"]["total"] + kept["seconds"]["loading"] + 0.01
+    )
+
+
+def test_the_saved_model_has_the_zeros_of_the_mask_and_gives_the_answers_of_the_record(kept):
+    loaded = models.load_model(kept["run_dir"], device="cpu", dtype="float32")
+    own = models.load_model("tiny-gpt2", device="cpu", dtype="float32")
+    wanted = masks.create(own.model, masks.weights(own.model), 0.5, scope="layer", absolute=True).mask(0.5)
+    found = masks.verify(loaded.model, wanted)
+    assert found["ok"] and found["masked"] == kept["mask"]["masked"] == kept["mask"]["numbers"] // 2
+    again = evaluation.evaluate(loaded.model, loaded.tokenizer, "boolq", "bundled", limit=8)
+    lines = read_lines(f"{kept['run_dir']}/predictions.jsonl")[0]
+    assert [line["id"] for line in lines] == [line["id"] for line in again["predictions"]]
+    for line, other in zip(lines, again["predictions"], strict=True):
+        assert line["loglikelihoods"] == pytest.approx(other["loglikelihoods"], abs=1e-4)
+
+
+def test_what_was_learned_may_fill_the_zeros_only_in_sparse_to_dense(tmp_path):
+    sparse = run(tmp_path / "a" / "run", mode="sparse_to_sparse", sparsity=0.9)
+    dense = run(tmp_path / "b" / "run", mode="sparse_to_dense", sparsity=0.9)
+    assert sparse["mask"]["sha256"] == dense["mask"]["sha256"]
+    assert sparse["masked"]["acc"] == dense["masked"]["acc"]
+    assert sparse["merge"]["violations"] == 0 < dense["merge"]["violations"]
+    assert sparse["validation_nll"] != dense["validation_nll"] and dense["all_facts_hold"]
+    assert "mask_holds_in_the_evaluated_model" not in {fact["name"] for fact in dense["facts"]}
+
+
+def test_the_lent_model_comes_back_bit_for_bit_and_is_loaded_once(tmp_path, monkeypatch):
+    loads = []
+    own = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *a, **k: loads.append(a) or own(*a, **k))
+    before = own("tiny-gpt2", device="cpu").model.state_dict()
+    for number, changes in enumerate(({}, {"sparsity": 0.9, "mode": "sparse_to_dense"}, {"sparsity": 0})):
+        run(tmp_path / "s" / str(number), **changes)
+        with shared_models.lent("tiny-gpt2", device="cpu", dtype="auto") as loaded:
+            after = loaded.model.state_dict()
+            assert set(after) == set(before)
+            assert all(torch.equal(after[name], before[name]) for name in before)
+            assert not any(parameter.grad is not None for parameter in loaded.model.parameters())
+    assert len(loads) == 1
+
+
+def test_an_error_gives_the_lent_model_up():
+    with pytest.raises(RuntimeError, match="half done"), shared_models.lent("tiny-gpt2", device="cpu", dtype="auto"):
+        raise RuntimeError("half done")
+    assert not shared_models._held
+
+
+def test_scores_of_one_task_never_serve_another_and_those_of_one_serve_all_its_sparsities(tmp_path):
+    found = {}
+    for task in ("boolq", "hellaswag"):
+        for level in (0.5, 0.8):
+            found[task, level] = run(
+                tmp_path / "s" / f"{task}{level}", task=task, sparsity=level, importance="taylor", tuning="none"
+            )
+            mask_sets.release()  # as in a process of its own
+    came = {key: result["mask"]["came"] for key, result in found.items()}
+    assert came == {
+        ("boolq", 0.5): "measured",
+        ("boolq", 0.8): "cached",
+        ("hellaswag", 0.5): "measured",
+        ("hellaswag", 0.8): "cached",
+    }
+    assert found["boolq", 0.5]["mask"]["scored_on"] != found["hellaswag", 0.5]["mask"]["scored_on"]
+    assert found["boolq", 0.5]["mask"]["sha256"] != found["hellaswag", 0.5]["mask"]["sha256"]
+    assert len(list((tmp_path / "s" / ".masks").glob("*.safetensors"))) == 2
+    assert all(result["all_facts_hold"] for result in found.values())
+
+
+def test_answers_before_tuning_are_given_once_for_both_modes_and_the_dense_ones_for_all(tmp_path):
+    modes = [run(tmp_path / "s" / mode, mode=mode) for mode in ("sparse_to_dense", "sparse_to_sparse")]
+    assert [result["dense"]["came"] for result in modes] == ["measured", "cached"]
+    assert [result["masked"]["came"] for result in modes] == ["measured", "cached"]
+    other = run(tmp_path / "s" / "other", sparsity=0.3)
+    assert (other["dense"]["came"], other["masked"]["came"]) == ("cached", "measured")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pattern": "structured", "dimension": "outputs"},
+        {"pattern": "structured", "dimension": "inputs"},
+        {"pattern": "structured", "dimension": "channels"},
+        {"pattern": "structured", "scope": "global"},
+        {"pattern": "nm"},
+        {"scope": "row"},
+        {"scope": "global"},
+        {"importance": "random", "sparsity": 0.37},
+        {"importance": "wanda", "scope": "row"},
+        {"importance": "random", "scope": "global"},
+        {"importance": "gradient", "scope": "global"},
+        {"sparsity": 1},
+    ],
+)
+def test_every_pattern_scope_and_importance_leaves_out_what_was_asked_for(changes, tmp_path):
+    found = run(tmp_path / "s" / "run", tuning="none", limit=2, calibration_rows=4, **changes)
+    assert found["all_facts_hold"], found["facts"]
+    assert found["tuned"] == found["masked"] and found["merge"] is None
+
+
+# ------------------------------------------------------------------------------------------------ faults built in
+
+
+def test_a_mask_with_a_weight_too_few_is_reported(tmp_path, monkeypatch):
+    own = masks.create
+
+    def careless(*arguments, **options):
+        levels = own(*arguments, **options)
+        name = next(iter(levels.packed))
+        levels.packed[name][0] = 0x99  # two weights are kept at all levels
+        levels.packed[name][1:40] = 0x99
+        return levels
+
+    monkeypatch.setattr(masks, "create", careless)
+    assert failed(run(tmp_path / "s" / "run", tuning="none"))[:1] == ["mask_leaves_out_as_many_as_asked"]
+
+
+def test_peft_s_own_merge_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(masked_adapters, "attach", lambda layer, bits: None)  # plain LoRA layers: plain delta and merge
+    found = failed(run(tmp_path / "s" / "run"))
+    assert "masked_weights_are_zero_after_merging" in found and "mask_holds_in_the_evaluated_model" in found
+
+
+def test_weights_that_come_alive_between_merge_and_evaluation_are_reported(tmp_path, monkeypatch):
+    own = training._merge_sparse
+
+    def careless(trainable, row):
+        found = own(trainable, row)
+        with torch.no_grad():
+            for parameter in trainable.parameters():
+                parameter.add_(1e-3)
+        return found
+
+    monkeypatch.setattr(training, "_merge_sparse", careless)
+    assert failed(run(tmp_path / "s" / "run")) == ["mask_holds_in_the_evaluated_model"]
+
+
+# ------------------------------------------------------------------------------------------------ configs and sweeps
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"mode": "dense"}, "mode 'dense' has no mask: sparsity must be 0, got 0.5"),
+        ({"importance": "wnada"}, "unknown importance 'wnada'. Did you mean 'wanda'"),
+        ({"pattern": "structured", "scope": "row"}, "unknown scope of pattern 'structured' 'row'"),
+        ({"dimension": "inputs"}, "dimension is of pattern 'structured', got 'inputs' with 'unstructured'"),
+        ({"sparsity": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_nonsense_is_refused_at_birth(changes, said):
+    with pytest.raises((ValueError, LookupError), match=said):
+        SparsityConfig(**QUICK | changes)
+
+
+def test_a_file_of_evaluation_rows_needs_one_of_training_rows_and_their_overlap_is_left_out(tmp_path):
+    rows = [{"passage": f"Jane has {n} bells.", "question": "does jane ring", "label": n % 2} for n in range(60)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="name a file of training rows as train_data"):
+        sparsity.training_text(SparsityConfig(**QUICK | {"data": str(tmp_path / "eval.jsonl")}))
+    files = {"data": str(tmp_path / "eval.jsonl"), "train_data": str(tmp_path / "train.jsonl")}
+    corpus = sparsity.training_text(SparsityConfig(**QUICK | files))
+    assert corpus.left_out == 6 and len(corpus.train) + len(corpus.validation) == 54 and not corpus.generated
+
+
+def test_jobs_that_mean_the_same_are_one_and_dense_ones_come_first():
+    axes = {"sparsity": [0.3, 0.9, 0, 0.5], "mode": ["sparse_to_dense", "sparse_to_sparse"]}
+    plan = read_plan({"kind": "sparsity", "base": {"task": "boolq"}, "axes": axes})
+    found = expand(plan)
+    assert len(found.jobs) == 7, "at sparsity 0 the mode says nothing, also where the plan has no alias"
+    order = [job["name"] for job in sweep.preview(plan)["order"]]
+    assert [name.split()[1] for name in order] == ["0", "0.5", "0.5", "0.9", "0.9", "0.3", "0.3"]
+
+
+def test_the_plans_of_the_suite_count_their_rows_and_can_be_read_without_the_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, rows, jobs in (("sparsity_12", 12, 9), ("sparsity_360", 360, 330), ("sparsity_7b", 360, 330)):
+        found = sweep.preview(f"plans/{name}.yaml")
+        assert (found["rows"], found["jobs"]) == (rows, jobs)
+        assert " sparsity 0 " in f" {found['order'][0]['name']} "
+
+
+def test_a_small_sweep_has_a_row_of_numbers_for_each_cell(tmp_path):
+    base = {**QUICK, "tuning": "none"}
+    values = {"kind": "sparsity", "base": base, "axes": {"sparsity": [0, 0.5], "importance": ["magnitude", "random"]}}
+    found = sweep.run(values, tmp_path / "s")
+    assert (found["done"], found["failed"], found["aliases"]) == (3, 0, 1)
+    rows = sweep.results(tmp_path / "s")
+    assert [row["measured_sparsity"] for row in rows] == [None, None, 0.5, 0.5]
+    assert all(row["all_facts_hold"] and row["n"] == 8 and row["tuned_low"] <= row["tuned"] for row in rows)
+    assert set(sparsity_columns({})) == set(sparsity_columns(read_run(rows[0]["run_dir"]).result))
+    assert not shared_models._held and not mask_sets._held, "a sweep gives back what its jobs shared"
