@@ -14,6 +14,7 @@ from nbhelpers import runtime
 COMMANDS = {
     "env": ("what this machine has, and which models fit", "commands.env"),
     "self-check": ("does everything work here? checked in under half a minute", "commands.self_check"),
+    "quick-test": ("mask, LoRA, merge, evaluation, checked on a tiny model", "commands_sweep.quick_test"),
     "perplexity": ("perplexity of a model on a text file", "commands.perplexity"),
     "prune-heads": ("close attention heads, fine-tune, and say what it cost", "commands.prune_heads"),
     "finetune": ("fine-tune a model, wholly or by LoRA; resumes after a kill", "commands_training.finetune"),
@@ -37,6 +38,7 @@ COMMANDS = {
     "sweep run": ("do what is missing of a plan, in a folder that survives a kill", "commands_sweep.sweep_run"),
     "sweep worker": ("do jobs of a sweep's shared folder, under any scheduler", "commands_sweep.sweep_worker"),
     "sweep status": ("where each job of a sweep stands", "commands_sweep.sweep_status"),
+    "sweep report": ("table, curves, headline and proofs of a sparsity sweep", "commands_sweep.sweep_report"),
     "sweep retry": ("plan failed jobs again", "commands_sweep.sweep_retry"),
     "runs list": ("which runs lie in these folders", "commands_runs.runs_list"),
     "runs show": ("one run whole: its config and what it measured", "commands_runs.runs_show"),

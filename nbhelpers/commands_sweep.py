@@ -130,6 +130,10 @@ def show_plan(found: dict[str, Any]) -> str:
 
     axes = " x ".join(f"{count} {name}" for name, count in found["axes"].items())
     lines = [f"{found['rows']} rows ({axes}) -> {found['jobs']} jobs, {found['aliases']} aliases"]
+    if price := found.get("price"):
+        counts = (f"{price[name]:,} {name.replace('_', ' ')}" for name in price if name != "downloads")
+        lines.append(", ".join(counts))
+        lines += [f"download {name}: {_gigabytes(size)}" for name, size in price["downloads"].items()]
     if search := found.get("search"):
         where = ", ".join(search["space"])
         lines = [
@@ -144,6 +148,10 @@ def show_plan(found: dict[str, Any]) -> str:
     if not found["order"]:
         return "\n".join(lines)
     return "\n".join([*lines, "first:", *(f"  {job['job']}  {job['name']}" for job in found["order"][:5])])
+
+
+def _gigabytes(size: int | None) -> str:
+    return "size not known before" if size is None else f"{size / 1e9:.1f} GB"
 
 
 def show_coverage(found: dict[str, Any]) -> str:
@@ -192,3 +200,83 @@ def say_progress(now: dict[str, Any]) -> None:
     left = "" if now["seconds_left"] is None else f", about {in_words(now['seconds_left'])} left"
     what = f"{now['failure']}: {now['error']}" if now.get("failure") else now["status"]
     sys.stderr.write(f"{now['done']}/{now['total']} {now['name']}: {what}{left}\n")
+
+
+def sweep_report() -> Callable:
+    def command(
+        folder: Folder,
+        out: Annotated[Path | None, typer.Option(help="folder of the report; None = DIR/report")] = None,
+        tolerance: Annotated[float, typer.Option(help="points below the tuned dense model that still pass")] = 0.02,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import sparsity_report
+
+            return sparsity_report.write(folder, out, tolerance)
+
+        carry_out(work, show_report, json)
+
+    return command
+
+
+def show_report(found: dict[str, Any]) -> str:
+    """The headline, a line each, and where the files are."""
+    lines = [f"{found['finished']} of {found['rows']} rows finished, {found['facts_failed']} runs with a false fact"]
+    lines.append(f"highest sparsity within {found['tolerance']:g} of the tuned dense model:")
+    for one in found["headline"]:
+        where = "none" if one["sparsity"] is None else f"{one['sparsity']:g}"
+        lines.append(f"  {where:>5}  {one['model']} {one['task']} {one['method']} {one['mode']}")
+    return "\n".join([*lines, *found["files"]])
+
+
+QUICK_PLAN = {
+    "kind": "sparsity",
+    "name": "quick test",
+    "base": {"model": "tiny-llama", "task": "hellaswag", "data": "bundled", "limit": 60, "steps": 15},
+    "axes": {"sparsity": [0, 0.5], "mode": ["sparse_to_dense", "sparse_to_sparse"]},
+    "aliases": [{"when": {"sparsity": 0}, "ignore": ["mode"]}],
+}
+
+
+def quick_test() -> Callable:
+    def command(
+        out: Annotated[Path | None, typer.Option(help="folder to keep the runs in; None = none is kept")] = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            import tempfile
+
+            from nbhelpers import sweep
+
+            with tempfile.TemporaryDirectory(prefix="nbhelpers-") as scratch:
+                folder = out or Path(scratch) / "sweep"
+                result = _checked(sweep.run(QUICK_PLAN, folder, progress=say_progress))
+                rows = sweep.results(folder)
+            keys = ("sparsity", "mode", "dense", "masked", "tuned", "tuned_low", "tuned_high", "merge_violations")
+            found = [{name: row.get(name) for name in (*keys, "all_facts_hold")} for row in rows if not row["alias"]]
+            result = {"jobs": result["done"], "seconds": result["seconds"], "metric": rows[0]["metric"], "rows": found}
+            result["facts"] = [
+                {"name": f"every fact of {row['mode']} at sparsity {row['sparsity']:g}", "ok": row["all_facts_hold"]}
+                for row in found
+            ]
+            if not all(fact["ok"] for fact in result["facts"]):
+                raise Violation(result)
+            return result
+
+        carry_out(work, show_quick_test, json)
+
+    return command
+
+
+def show_quick_test(found: dict[str, Any]) -> str:
+    """A line a cell, and whether everything that was checked holds."""
+    lines = [f"{'sparsity':>8}  {'mode':<16}  {'as it is':>8}  {'masked':>8}  {'tuned':>8}  95 % over documents"]
+    for row in found["rows"]:
+        lines.append(
+            f"{row['sparsity']:>8g}  {row['mode']:<16}  {row['dense']:>8.3f}  {row['masked']:>8.3f}  "
+            f"{row['tuned']:>8.3f}  [{row['tuned_low']:.3f}, {row['tuned_high']:.3f}]"
+        )
+    lines.append(f"{found['metric']} on 60 rows that this project generated; 15 steps are no training, only a test")
+    held = all(fact["ok"] for fact in found["facts"])
+    said = "OK     every checked fact holds" if held else "FAILED a checked fact does not hold"
+    return "\n".join([*lines, f"{said} in {found['jobs']} runs, {found['seconds']:.0f} seconds"])

@@ -51,6 +51,7 @@ class JobKind:
     columns: Callable[[Mapping[str, Any]], dict[str, Any]] = dict  # a run's result -> columns of a results table
     early: Callable[[Mapping[str, Any]], int] = lambda config: 0  # jobs of a lower number come first
     shares: Callable[[Mapping[str, Any]], Any] = lambda config: None  # jobs of equal key come together (one model, say)
+    price: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] = lambda configs: {}  # what jobs do in all: counts
     close: Callable[[], None] = lambda: None  # gives back what jobs of one process shared
     resumes: bool = False  # run(..., resume=True) goes on in the run directory of a try that was interrupted
     # validation losses on the way, lower is better: of one progress report, and of a Run; None where there are none

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ def sparsity() -> JobKind:
         resumes=True,
         early=lambda config: EARLY.get(config["sparsity"], len(EARLY)),
         shares=lambda config: config["model"],
+        price=sparsity_price,
         close=close,
         heard=_heard_validation,
         seen=_seen_validations,
@@ -130,6 +131,42 @@ def _resolved_sparsity(config) -> dict[str, Any]:
     return values
 
 
+def sparsity_price(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a plan does in all: trainings, evaluations (of one process, which keeps answers), loads by each worker,
+    scorings, and the bytes of models that come from the hub (None: not known before)."""
+    from nbhelpers import catalogue, importance
+
+    masked = [config for config in configs if config["sparsity"]]
+    asked = ("model", "task", "data", "limit", "shots", "dtype")
+    how = ("pattern", "importance", "scope", "dimension", "seed")
+    looks = {name: importance.needs_data(name) for name in {config["importance"] for config in masked}}
+    dense = _distinct(configs, asked)
+    before = _distinct(masked, (*asked, *how, "sparsity"))
+    scored = {
+        (config["model"], *(config[name] for name in how), looks[config["importance"]] and config["task"])
+        for config in masked
+    }
+    trainings = sum(config["tuning"] == "lora" for config in configs)
+    downloads = {}
+    for name in sorted({config["model"] for config in configs}):
+        if "/" in name and not Path(name).expanduser().exists():
+            try:
+                downloads[name] = catalogue.entry(name).download_bytes
+            except LookupError:
+                downloads[name] = None
+    return {
+        "trainings": trainings,
+        "evaluations": trainings + len(dense) + len(before),
+        "loads_per_worker": len({config["model"] for config in configs}),
+        "scorings": len(scored),
+        "downloads": downloads,
+    }
+
+
+def _distinct(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> set[tuple]:
+    return {tuple(config[name] for name in names) for config in configs}
+
+
 def sparsity_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of one run: the task's measure as it is, masked and tuned, its interval, and what was proved."""
     metric, merge, mask = result.get("metric"), result.get("merge") or {}, result.get("mask") or {}
@@ -139,6 +176,7 @@ def sparsity_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     tuned = result.get("tuned") or {}
     interval = tuned.get(f"{metric}_interval") or {}
     found |= {"tuned_low": interval.get("low"), "tuned_high": interval.get("high"), "n": tuned.get("n")}
+    found["generated"] = (result.get("protocol") or {}).get("generated")
     found |= {"mask_sha256": mask.get("sha256"), "measured_sparsity": mask.get("sparsity")}
     found |= {f"merge_{name}": merge.get(name) for name in ("difference", "violations", "withheld")}
     names = ("all_facts_hold", "validation_nll", "tokens_per_second", "steps", "best_step", "overhead_share")

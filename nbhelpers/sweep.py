@@ -74,6 +74,7 @@ def preview(plan: str | Path | Mapping[str, Any] | Plan) -> dict[str, Any]:
         "estimated_hours": sum(known) / 3600 if known else None,
         "not_estimated": len(seconds) - len(known),
         "order": [{"job": job.id, "name": job.name} for job in ordered],
+        "price": expansion.kind.price([job.config for job in ordered]),
     }
 
 

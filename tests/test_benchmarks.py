@@ -461,3 +461,12 @@ def test_the_table_of_parity_says_where_it_does_not_hold(parity):
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.md")), ids=lambda path: path.stem)
 def test_every_measured_table_stands_in_the_readme_as_it_was_measured(path):
     assert path.read_text(encoding="utf-8").strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["masks", "sparse_lora"])
+def test_the_readme_says_what_was_measured_of_masks_and_of_training_with_them(name):
+    benchmark = load(name)
+    measured = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(benchmark.MARK)[1]
+    assert section.strip() == benchmark.markdown(measured).strip()
+    assert all(one["met"] for one in measured["targets"] if "(an aim)" not in one["what"])

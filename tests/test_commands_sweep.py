@@ -73,3 +73,24 @@ def test_a_budget_that_is_no_time_is_refused_before_a_folder_is_made(tmp_path):
     result = call("sweep", "run", plan_file(tmp_path, ""), "--out", tmp_path / "s", "--budget", "soon")
     assert result.exit_code == 2 and "budget must be a time above 0" in result.stderr
     assert not (tmp_path / "s").exists()
+
+
+def test_the_quick_test_does_the_whole_chain_and_keeps_nothing_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    result = call("quick-test")
+    assert result.exit_code == 0, result.output
+    assert "OK     every checked fact holds in 3 runs" in result.stdout and "sparse_to_sparse" in result.stdout
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("nbhelpers-")]
+
+
+def test_the_quick_test_fails_where_a_fact_does(tmp_path, monkeypatch):
+    from nbhelpers import masks
+
+    monkeypatch.setattr(masks, "apply", lambda model, mask: None)
+    from nbhelpers import sparse_lora
+
+    monkeypatch.setattr(sparse_lora, "zero", lambda model: None)
+    result = call("quick-test", "--json", "--out", tmp_path / "kept")
+    assert result.exit_code == 1 and "a checked fact does not hold" in result.stderr
+    assert (tmp_path / "kept" / "plan.json").exists()

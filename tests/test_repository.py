@@ -24,7 +24,8 @@ LEVELS = {
     7: "cli commands commands_runs commands_training commands_evaluation commands_sweep commands_masks __main__",
     6: "widgets panel pruning_panel staged_panel fine_tuning_panel head_map analysis_panel notebook headless "
     "selfcontained",
-    5: "plots analysis_plots plots_training report earlier selfcheck equivalents example_grid overview overview_html",
+    5: "plots analysis_plots plots_training report earlier selfcheck equivalents example_grid overview overview_html "
+    "sparsity_report",
     4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds sweep workers sparsity "
     "pruning_grid comparison baselines cerebras",
     3: "heads facts training trainer answer_cache evaluation optimization preparation checkpoints sparse_lora "

@@ -236,6 +236,25 @@ def test_the_plans_of_the_suite_count_their_rows_and_can_be_read_without_the_hub
         assert " sparsity 0 " in f" {found['order'][0]['name']} "
 
 
+def test_a_plan_says_what_it_will_do_in_all():
+    found = sweep.preview("plans/sparsity_360.yaml")["price"]
+    before = 2 * 3 * 3 * 9  # model, task, method, sparsity: one evaluation for both modes
+    assert found == {
+        "trainings": 330,
+        "evaluations": 330 + 2 * 3 + before,
+        "loads_per_worker": 2,
+        "scorings": 2 * 3,  # no method looks at data, so the tasks share them
+        "downloads": {},
+    }
+    large = sweep.preview("plans/sparsity_7b.yaml")["price"]
+    assert large["scorings"] == 2 * (3 + 1 + 1), "wanda is scored on each task"
+    assert set(large["downloads"]) == {"meta-llama/Llama-2-7b-hf", "mistralai/Mistral-7B-v0.1"}
+    base = {"model": "facebook/opt-125m", "tuning": "none"}
+    plan = {"kind": "sparsity", "base": base, "axes": {"sparsity": [0, 0.5]}}
+    price = sweep.preview(plan)["price"]
+    assert price["trainings"] == 0 and price["evaluations"] == 2 and price["downloads"]["facebook/opt-125m"] > 2e8
+
+
 def test_a_small_sweep_has_a_row_of_numbers_for_each_cell(tmp_path):
     base = {**QUICK, "tuning": "none"}
     values = {"kind": "sparsity", "base": base, "axes": {"sparsity": [0, 0.5], "importance": ["magnitude", "random"]}}
