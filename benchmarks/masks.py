@@ -32,6 +32,7 @@ WANTED_SPEED, WANTED_MEMORY, WANTED_READS = 100, 0.25, 5
 OURS, PRUNE, READ = "nbhelpers", "torch.nn.utils.prune", "one read of the weights"
 PARTITION, PARTITIONS = "np.partition per level", "np.partition, all levels in one call"
 ROWS, WANDA = "nbhelpers, by rows", "Wanda's sort, by rows"
+SIDES, SINGLE = (READ, OURS, PARTITIONS, PARTITION, PRUNE), (OURS, ROWS, WANDA)
 SIZES = (10_000_000, 30_000_000, 100_000_000, 300_000_000, 1_000_000_000)
 WIDE = (4096, 2048)  # a matrix of the growing models
 COMMAND = "python benchmarks/masks.py --readme README.md"
@@ -306,10 +307,9 @@ def measure(quick: bool, rounds: int) -> dict:
     shape = TINY if quick else GPT2
     told = shape._asdict()
     found = child("speed", told, rounds)
-    sides = (OURS, PARTITIONS, PARTITION, PRUNE)
-    held: dict[str, list] = {side: [] for side in sides}
+    held: dict[str, list] = {side: [] for side in SIDES if side != READ}
     for _ in range(rounds):
-        for side in sides:
+        for side in held:
             held[side].append(child("memory", told, side))
     curve, left_out = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -388,16 +388,16 @@ def markdown(found: dict) -> str:
         f"Global magnitude masks at ten sparsities ({LEVELS[0]} to {LEVELS[-1]}) of the {taken['projections']} "
         f"projections of a {taken['model']} ({taken['numbers']:,} float32 weights, random), packed in memory, on "
         f"{machine['processor']}, threads: {machine['threads']}, torch {machine['torch']}, NumPy {machine['numpy']}. "
-        f"Medians of {len(taken['rounds'][OURS])} rounds, all sides in turn in one process; ratios are medians of the "
-        "rounds' ratios, with the least and the greatest. Processor seconds are of all threads. Made by "
+        f"Medians of {len(taken['rounds'][OURS])} round(s), all sides in turn in one process; ratios are medians of "
+        "the rounds' ratios, with the least and the greatest. Processor seconds are of all threads. Made by "
         f"`{COMMAND}`; all numbers are in [benchmarks/results/masks.json](benchmarks/results/masks.json)."
     )
     lines = [
         intro,
         "",
-        "| ten levels | seconds | processor seconds | seconds / ours | extra peak memory / weights |",
-        "|---|---|---|---|---|",
-        *(side_line(found, name) for name in taken["rounds"]),
+        "| ten levels | seconds | / ours | processor seconds | / ours | extra peak memory / weights |",
+        "|---|---|---|---|---|---|",
+        *(side_line(found, name) for name in SIDES),
         "",
         *(target_line(one) for one in found["targets"]),
         f"- beside the best peer ({best}): {taken['beside'][best]['wall']['median']:.1f} times as fast.",
@@ -408,7 +408,7 @@ def markdown(found: dict) -> str:
         ),
         "",
         f"One level, {ONE_LEVEL}: "
-        + ", ".join(f"{name} {values[0]:.2f} s" for name, values in taken["one_level_seconds"].items())
+        + ", ".join(f"{name} {taken['one_level_seconds'][name][0]:.2f} s" for name in SINGLE)
         + ".",
         "",
         *growth_lines(found),
@@ -421,10 +421,13 @@ def markdown(found: dict) -> str:
 def side_line(found: Mapping[str, Any], name: str) -> str:
     taken = found["speed"]
     wall, used = taken["rounds_seconds"][name]
-    ratio = taken["beside"].get(name, {}).get("wall")
-    told = "1" if ratio is None else f"{ratio['median']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]"
+    told = [spread(taken["beside"].get(name, {}).get(kind)) for kind in ("wall", "processor")]
     share = found["memory_shares"].get(name)
-    return f"| {name} | {wall:.3f} | {used:.3f} | {told} | {'' if share is None else f'{share:.2f}'} |"
+    return f"| {name} | {wall:.3f} | {told[0]} | {used:.3f} | {told[1]} | {'' if share is None else f'{share:.2f}'} |"
+
+
+def spread(ratio: Mapping[str, float] | None) -> str:
+    return "1" if ratio is None else f"{ratio['median']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]"
 
 
 def target_line(one: Mapping[str, Any]) -> str:
