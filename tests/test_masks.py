@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from nbhelpers import channels, mask_patterns, mask_selection, masks
+from nbhelpers import channels, mask_patterns, mask_selection, masks, models
 from nbhelpers.projections import projections
 
 LEVELS = [round(0.1 * step, 1) for step in range(10)]
@@ -512,3 +514,72 @@ def test_a_model_on_the_meta_device_is_enough_to_make_masks(llama):
         assert same(
             masks.create(empty, scores, 0.5, **options).mask(), masks.create(llama, scores, 0.5, **options).mask()
         )
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_real_model_every_level_is_exact_and_verified(data_dir, dtype):
+    model = models.load_model(str(data_dir / "models" / "stories260K-hf"), device="cpu", dtype=dtype).model
+    levels = masks.create(
+        model, {name: one.clone() for name, one in masks.weights(model).items()}, LEVELS, absolute=True
+    )
+    for level in LEVELS:
+        masks.apply(model, levels.lazily(level))
+        found = masks.verify(model, levels.lazily(level))
+        assert found["ok"] and found["masked"] == masks.count(level, projections(model).numbers)
+
+
+# The benchmark --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = Path(__file__).parent.parent / "benchmarks" / "masks.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_masks", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_sides_of_the_benchmark_make_the_same_masks(benchmark):
+    weights = benchmark.weights_of(benchmark.TINY)
+    assert benchmark.differences(weights, benchmark.Pruned(weights)) == {"weights": 0, "beside_ties": 0}
+    mine, numbers = benchmark.ours(weights, benchmark.LEVELS), benchmark.numbers_of(benchmark.TINY)
+    for together in (False, True):
+        for level, packed in zip(
+            benchmark.LEVELS, benchmark.partition(weights, benchmark.LEVELS, together), strict=True
+        ):
+            kept = np.concatenate([mine.kept(name, level).numpy().ravel() for name in weights])
+            assert np.array_equal(np.unpackbits(packed, count=numbers).astype(bool), kept)
+    rows, theirs = benchmark.by_rows(weights, 0.5), benchmark.wanda(weights, 0.5)
+    for (name, weight), gone in zip(weights.items(), theirs, strict=True):
+        kept = mask_selection.unpack(rows[name].numpy(), weight.numel(), 1).reshape(weight.shape)
+        assert np.array_equal(kept == 0, gone.T.numpy())
+
+
+def test_the_benchmark_takes_ratios_in_each_round_and_says_what_was_not_kept(benchmark):
+    times = {name: [[1.0, 1.0], [2.0, 2.0]] for name in benchmark.SIDES}
+    times |= {benchmark.PRUNE: [[90.0, 300.0], [240.0, 300.0]], benchmark.READ: [[0.1, 0.1], [0.1, 0.1]]}
+    machine = dict.fromkeys(("processor", "threads", "torch", "numpy"), "x")
+    found = benchmark.summarise(
+        {
+            "speed": {
+                "model": "a shape",
+                "projections": 1,
+                "numbers": 10,
+                "rounds": times,
+                "one_level": {name: [[1.0, 1.0]] for name in benchmark.SINGLE},
+                "differences": {"weights": 0, "beside_ties": 0},
+            },
+            "memory": {name: [{"grown": 1, "weights": 8}] for name in benchmark.SIDES if name != benchmark.READ},
+            "growth": [{"numbers": 100, "seconds": [1.0, 1.0], "reading": [1.0, 1.0], "grown": 1, "packed": 50}],
+            "not_measured": {},
+            "not_compared": {"another": "it is not there"},
+            "machine": machine,
+        }
+    )
+    assert found["speed"]["beside"][benchmark.PRUNE]["wall"] == {"median": 105.0, "low": 90.0, "high": 120.0}
+    assert [one["met"] for one in found["targets"]] == [True, True, False]
+    text = benchmark.markdown(found)
+    assert text.count(": met.") == 2 and text.count("NOT met.") == 1
+    assert "Not compared: another (it is not there)." in text

@@ -118,7 +118,7 @@ def test_gradients_of_the_factors_are_those_of_the_dense_formula(name, checkpoin
     wanted = torch.autograd.grad(loss, trained)
     if checkpointing:
         put.train()
-        model.activation_checkpointing_enable()
+        preparation._checkpoint_activations(model)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
