@@ -19,11 +19,16 @@ from nbhelpers.architecture import geometry
 from nbhelpers.experiments import PruningConfig
 from nbhelpers.fine_tuning import FineTuningConfig
 from nbhelpers.runs import Run, read_run
+from nbhelpers.sparsity import SparsityConfig
 from nbhelpers.stages import VALIDATION_WINDOWS, check_window
 
 BACKWARD = 2  # a backward pass takes about as many operations as two forward passes
 OPERATIONS_A_LAYER = 30  # kernels that a decoder layer starts in a forward pass: what bounds a tiny model
 REACHED = 0.45  # share of a linear layer's speed that a whole model reaches; the bundled ones reach 0.4 to 0.5
+MASKED_BACKWARD = 2  # of LoRA under a mask: back to the inputs, and the gradient of the masked product
+ROW_TOKENS = 512  # read by one pass of small models
+TOGETHER = 32  # texts written at a time
+FEW = 50  # rows whose length stands for all
 LOADING_BYTES_PER_SECOND = 5e8  # from a warm disk
 KINDS = {PruningConfig: "pruning", FineTuningConfig: "fine_tuning"}  # config class -> kind of its runs
 
@@ -125,6 +130,41 @@ def fine_tuning_phases(config: FineTuningConfig, done: int = 0) -> dict[str, flo
             "control": other.measured,
         }
     return phases
+
+
+def sparsity_seconds(config: SparsityConfig) -> float:
+    """Seconds of one cell of a sparsity sweep whose model is loaded already and whose dense answers are there: a start
+    to plan from. LookupError where rows or model are on the hub."""
+    if config.data is None or models.locate(config.model)[0] == "hub":
+        raise LookupError("known once the rows and the model are here")
+    device = config.device or runtime.device()
+    dtype = models.DTYPES[config.dtype] or runtime.dtype_for(device)
+    model = models.load_config(config.model)
+    speed = measure_speed(device, dtype, model.hidden_size)
+    parameters = estimates.shape_of(model).parameters
+    kernels = OPERATIONS_A_LAYER * model.num_hidden_layers * speed.kernel_seconds
+    documents, tokens, written = _asked(config.model, config.task, config.data, config.limit)
+
+    def passes(rows: float, times: float = 1) -> float:
+        work = 2 * parameters * tokens * rows / speed.flops_per_second / REACHED
+        return (work + kernels * max(1.0, rows * tokens / ROW_TOKENS)) * times
+
+    answers = passes(documents) + written * kernels * max(1.0, documents / TOGETHER)
+    if config.tuning == "none":
+        return 2 * answers
+    backward = MASKED_BACKWARD + config.gradient_checkpointing
+    return config.steps * passes(config.batch_size, 1 + backward) + 3 * passes(VALIDATION_WINDOWS) + 1.5 * answers
+
+
+@lru_cache
+def _asked(model: str, task: str, source: str, limit: int | None) -> tuple[int, float, int]:
+    """(documents, mean tokens of one with its choices or answer, tokens that are written for it)."""
+    rows = tasks.read(task, source, limit=limit)
+    asked = tasks.documents(rows, shots=0)
+    tokenizer = models.load_tokenizer(model)
+    texts = ["".join((one.context, *one.choices)) or one.context for one in asked[:FEW]]
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    return len(asked), sum(lengths) / len(lengths), rows.task.new_tokens
 
 
 def _training(config: FineTuningConfig, pace: _Pace, steps: int) -> float:

@@ -69,6 +69,7 @@ def evaluation() -> JobKind:
             "adapter": config.adapter and _model_files(config.adapter),
             "data": config.data and _text_file(config.data),
             "shots_data": config.shots_data and _text_file(config.shots_data),
+            "masks": config.masks and _text_file(config.masks),
         },
         similar=lambda config: [config[name] for name in ("model", "task", "data", "shots", "limit", "quantization")],
         columns=evaluation_columns,
@@ -109,6 +110,7 @@ def sparsity() -> JobKind:
         similar=lambda config: [config[name] for name in ("model", "task", "steps", "batch_size", "tuning")],
         columns=sparsity_columns,
         resumes=True,
+        estimate=_sparsity_seconds,
         early=lambda config: EARLY.get(config["sparsity"], len(EARLY)),
         shares=lambda config: config["model"],
         price=sparsity_price,
@@ -116,6 +118,15 @@ def sparsity() -> JobKind:
         heard=_heard_validation,
         seen=_seen_validations,
     )
+
+
+def _sparsity_seconds(config) -> float | None:
+    from nbhelpers.durations import sparsity_seconds
+
+    try:
+        return sparsity_seconds(config)
+    except (LookupError, ValueError):  # rows or model on the hub, or what the job itself refuses with better words
+        return None
 
 
 EARLY = {0: 0, 0.5: 1, 0.9: 2}  # a curve is seen from its ends and its middle

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from nbhelpers import calibration, channels, facts, importance, mask_files, masks, records
+from nbhelpers import calibration, channels, facts, importance, mask_files, masks, models, records
 from nbhelpers.facts import Fact
 from nbhelpers.mask_patterns import SCOPES
 from nbhelpers.projections import projections
@@ -125,30 +125,31 @@ def chosen(
     sparsity: float,
     rows: Sequence[dict],
     *,
-    model_files: Any,
     folder: Path,
+    model_files: Any = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Chosen:
     """The mask of this sparsity, from the set that was made before or a new one.
 
-    rows: what an importance that looks at data is scored on. model_files: what identifies the model's weights; None
-    (a hub model, say): nothing is kept on disk.
+    rows: what an importance that looks at data is scored on. model_files: what identifies the model's weights where
+    that is cheaper than to read them all: sha256 of its files. folder: where sets are kept.
     """
     looks = importance.needs_data(wanted.importance)
     scored_on = calibration.fingerprint(rows) if looks else None
-    content = {"format": FORMAT, "model": model_files, "sparsities": _together(wanted, sparsity), **vars(wanted)}
+    weight = next(model.parameters())
+    content = {"format": FORMAT, "model": model_files or models.fingerprint(model), **vars(wanted)}
+    content |= {"dtype": str(weight.dtype), "device": weight.device.type, "sparsities": _together(wanted, sparsity)}
     key = records.sha256_json(content | {"scored_on": scored_on})
     path = folder / f"{key}.safetensors"
     if key in _held:
         return Chosen(_held[key], sparsity, wanted, scored_on, "cached")
     came = "measured"
-    if model_files is not None and path.is_file():
+    if path.is_file():
         levels, came = mask_files.load(path, model).levels, "cached"
     else:
         levels = _made(model, wanted, content["sparsities"], rows if looks else None, should_stop)
-        if model_files is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            mask_files.save(path, levels, importance=wanted.importance, seed=wanted.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        mask_files.save(path, levels, importance=wanted.importance, seed=wanted.seed)
     _held.clear()
     _held[key] = levels
     return Chosen(levels, sparsity, wanted, scored_on, came)

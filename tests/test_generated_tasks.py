@@ -68,7 +68,8 @@ def test_labels_are_balanced_and_so_are_those_of_the_first_rows(told, name, labe
 @pytest.mark.parametrize("name", list(tasks.TASKS))
 def test_no_row_of_one_part_stands_in_the_other_nor_twice_in_its_own(told, name):
     train, evaluation = (told[name, split] for split in tasks.SPLITS)
-    prompts = [document.prompt for rows in (train, evaluation) for document in tasks.training_documents(rows)]
+    documents = [document for rows in (train, evaluation) for document in tasks.training_documents(rows)]
+    prompts = [document.prompt or document.text for document in documents]
     assert len(set(prompts)) == len(prompts) == 3500
     assert tasks.training_parts(train, evaluation).overlap == 0
 
@@ -94,13 +95,13 @@ def test_bundled_rows_are_stamped_and_always_the_same(told):
     for (name, split), rows in told.items():
         assert rows.generated and tasks.protocol(rows)["generated"] and rows.split == split
         assert tasks.read(name, "bundled", split).sha256 == rows.sha256
-    assert len({rows.sha256 for rows in told.values()}) == 6
+    assert len({rows.sha256 for rows in told.values()}) == len(told) == 8
 
 
 @pytest.mark.parametrize("model", BUNDLED_MODELS)
 def test_prompts_and_answers_are_short_and_of_whole_words_for_the_bundled_tokenizers(told, model):
     tokenizer = models.load_tokenizer(model)
-    for name in tasks.TASKS:
+    for name in (name for name in tasks.TASKS if tasks.find(name).kind != "rolling"):  # texts are read in windows
         for document in tasks.training_documents(told[name, "evaluation"])[:200]:
             row = data.completion_row(tokenizer, document, 256)
             assert len(row["input_ids"]) < 200 - NEW_TOKENS

@@ -13,6 +13,7 @@ from nbhelpers.jobkinds import sparsity_columns
 from nbhelpers.records import read_lines
 from nbhelpers.runs import read_run
 from nbhelpers.sparsity import SparsityConfig, SparsityExperiment
+from nbhelpers.tracking import Interrupted
 
 QUICK = {"model": "tiny-gpt2", "task": "boolq", "limit": 8, "steps": 3, "batch_size": 4, "device": "cpu"}
 
@@ -265,3 +266,38 @@ def test_a_small_sweep_has_a_row_of_numbers_for_each_cell(tmp_path):
     assert all(row["all_facts_hold"] and row["n"] == 8 and row["tuned_low"] <= row["tuned"] for row in rows)
     assert set(sparsity_columns({})) == set(sparsity_columns(read_run(rows[0]["run_dir"]).result))
     assert not shared_models._held and not mask_sets._held, "a sweep gives back what its jobs shared"
+
+
+@pytest.mark.parametrize("changes", [{"model": "other"}, {"dtype": "bfloat16"}, {"seed": 1}, {"scope": "row"}])
+def test_a_set_of_masks_serves_no_other_weights_precision_seed_or_scope(changes, tmp_path, monkeypatch):
+    """Also where only the loaded weights can tell models apart, as with a hub model."""
+    loaded = models.load_model("tiny-gpt2", device="cpu", dtype=changes.get("dtype", "float32")).model
+    own = models.load_model("tiny-gpt2", device="cpu", dtype="float32").model
+    if "model" in changes:
+        with torch.no_grad():
+            next(p for p in loaded.parameters() if p.ndim == 2).add_(1.0)
+    wanted = mask_sets.Wanted("unstructured", "random", "layer", "outputs", 0)
+    other = mask_sets.Wanted("unstructured", "random", changes.get("scope", "layer"), "outputs", changes.get("seed", 0))
+    first = mask_sets.chosen(own, wanted, 0.5, [], folder=tmp_path)
+    second = mask_sets.chosen(loaded, other, 0.5, [], folder=tmp_path)
+    again = mask_sets.chosen(own, wanted, 0.2, [], folder=tmp_path)
+    assert [one.came for one in (first, second, again)] == ["measured", "measured", "cached"]
+
+
+def test_a_run_that_was_stopped_in_training_goes_on_under_its_mask_and_ends_as_without_the_stop(tmp_path):
+    whole = run(tmp_path / "a" / "whole", steps=4, checkpoint_every=1)
+    reports = []
+
+    def stop() -> bool:
+        return sum(now["stage"] == "training fine_tuned" for now in reports) >= 2
+
+    config = SparsityConfig(**QUICK | {"steps": 4, "checkpoint_every": 1})
+    with pytest.raises(Interrupted, match="stopped in step"):
+        SparsityExperiment.run(config, run_dir=tmp_path / "b" / "run", progress=reports.append, should_stop=stop)
+    assert read_run(tmp_path / "b" / "run").status == "interrupted"
+    found = SparsityExperiment.run(config, run_dir=tmp_path / "b" / "run", resume=True)
+    assert found["all_facts_hold"] and found["validation_nll"] == whole["validation_nll"]
+    lines = [
+        read_lines(folder / "predictions.jsonl")[0] for folder in (tmp_path / "a" / "whole", tmp_path / "b" / "run")
+    ]
+    assert lines[0] == lines[1]
