@@ -18,18 +18,21 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes")  # w
 
 
 def identity(
-    model: str, rows: tasks.Rows, asked: Sequence[tasks.Asked], *, device: str | None, **more: Any
+    model: str, rows: tasks.Rows, asked: Sequence[tasks.Asked], *, device: str | None, dtype: str, **more: Any
 ) -> dict[str, Any]:
     """Everything that decides the answers. model: None in it for a hub id, whose revision is known once it is loaded.
 
-    more: what else decides them: precision, fingerprints of adapters and masks.
+    dtype: as asked; what stands in the identity is the one that this device takes for it. more: what else decides the
+    answers: quantisation, fingerprints of adapters and masks.
     """
+    device = device or runtime.device()
     return {
         "format": FORMAT,
         "model": models.files_fingerprint(model),
         "documents": records.sha256_json([vars(document) for document in asked]),
         "task": [rows.task.name, rows.task.version, list(rows.task.stops), rows.task.new_tokens],
-        "device": (device or runtime.device()).split(":")[0],
+        "device": device.split(":")[0],
+        "dtype": str(models.DTYPES[dtype] or runtime.dtype_for(device)),
         "libraries": {name: runtime.library_versions().get(name) for name in LIBRARIES},
         **more,
     }

@@ -2,15 +2,15 @@
 
 What is tried here: `SparseModelWrapper` and `SparseMaskCallback` hold a mask during any training loop, and the files
 that `export` writes can be read back. What is NOT tried, for want of the hardware: the run configuration on a CS-3. Its
-names follow the documented `cstorch.sparse` interface (a fixed mask is given by its sparsity, groups of parameters and
-an algorithm "static"); read the configuration beside the release that is installed there before a long run.
+names follow the documented `cstorch.sparse` interface (groups of parameters, an algorithm "static" that takes its mask
+from the zeros of the weights); read the configuration beside the release that is installed there before a long run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -31,8 +31,7 @@ class SparseModelWrapper(nn.Module):
 
     def __init__(self, model: nn.Module, mask: Mask, mode: Mode) -> None:
         super().__init__()
-        if mode not in ("sparse_to_dense", "sparse_to_sparse"):
-            raise ValueError(f"mode must be sparse_to_dense or sparse_to_sparse, got {mode!r}")
+        _check_mode(mode)
         self.model, self.mask, self.mode = model, mask, mode
         masks.apply(model, mask)
 
@@ -51,6 +50,11 @@ class SparseModelWrapper(nn.Module):
     def violations(self) -> int:
         """Masked weights that are not zero now."""
         return masks.verify(self.model, self.mask)["violations"]
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be {' or '.join(get_args(Mode))}, got {mode!r}")
 
 
 def prepare_sparse_model(model: nn.Module, mask: Mask, mode: Mode = "sparse_to_sparse") -> SparseModelWrapper:
@@ -88,8 +92,12 @@ def create_sparse_config(mask: Mask, mode: Mode = "sparse_to_sparse", **training
 
     training: what goes under "training" as it is (steps, learning_rate, batch_size, ...).
     """
+    _check_mode(mode)
     counted = {name: 1 - kept.float().mean().item() for name, kept in mask.items()}
-    groups = [{"params": name, "algorithm": "static", "sparsity": share} for name, share in counted.items()]
+    groups = [
+        {"params": name, "algorithm": "static", "init_method": "from_zeros", "sparsity": share}
+        for name, share in counted.items()
+    ]
     fixed = mode == "sparse_to_sparse"
     return {
         "note": TRIED,
@@ -102,6 +110,7 @@ def create_sparse_config(mask: Mask, mode: Mode = "sparse_to_sparse", **training
 def export(folder: str | Path, model: nn.Module, mask: Mask, mode: Mode = "sparse_to_sparse", **training: Any) -> Path:
     """Write masks.pt, masks.safetensors (the same masks) and run.yaml into a new folder; the model's own weights go
     there by models.save_model. ValueError where the mask does not fit the model."""
+    _check_mode(mode)
     masks.check_fits(model, {name: tuple(kept.shape) for name, kept in mask.items()})
     folder = records.check_output_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,8 @@ def masks_create() -> Callable:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"masks.{suffix}"
             more = {"scored_on": scored_on} if scored_on else {}
+            files = models.files_fingerprint(model)
+            more |= {} if files is None else {"model_files": records.sha256_json(files)}
             sha256 = mask_files.save(
                 path,
                 levels,
@@ -119,6 +121,8 @@ def masks_verify() -> Callable:
             from nbhelpers import mask_files, masks, models
             from nbhelpers import mask_statistics as statistics
 
+            if model is None and sparsity is not None:
+                raise ValueError(f"sparsity says which masks a model is held to: name it with --model, got {sparsity}")
             own = None if model is None else models.load_model(model, device="cpu").model
             file = mask_files.load(_file(place), own, same_weights=False)
             if model is None:
@@ -218,20 +222,25 @@ def masks_apply() -> Callable:
         model: Model,
         out: Annotated[Path, typer.Option(help="folder for the masked model")],
         sparsity: Which = None,
+        any_weights: Annotated[bool, typer.Option("--any-weights", help="also on other weights of its shape")] = False,
         json: Json = False,
     ) -> None:
         def work() -> dict:
-            from nbhelpers import mask_files, masks, models, records
+            from nbhelpers import mask_sets, masks, models, records
 
             folder = records.check_output_folder(out)
             loaded = models.load_model(model, device="cpu", dtype="stored")
-            file = mask_files.load(_file(place), loaded.model, same_weights=False)
+            file = mask_sets.load_for(_file(place), model, loaded.model, any_weights=any_weights)
             mask = file.levels.lazily(sparsity)
             masks.apply(loaded.model, mask)
             models.save_model(loaded.model, loaded.tokenizer, folder)
             again = models.load_model(str(folder), device="cpu", dtype="stored").model
             found = masks.verify(again, mask)
-            return {name: found[name] for name in ("layers", "sparsity", "violations")} | {"model": str(folder)}
+            result = {name: found[name] for name in ("layers", "sparsity", "violations")} | {"model": str(folder)}
+            if not found["ok"]:
+                broken = [name for name, one in found["per_layer"].items() if one["violations"]]
+                raise Violated(result | {"broken": broken})
+            return result
 
         carry_out(work, show_applied, json)
 

@@ -212,7 +212,10 @@ def sweep_report() -> Callable:
         def work() -> dict:
             from nbhelpers import sparsity_report
 
-            return sparsity_report.write(folder, out, tolerance)
+            found = sparsity_report.write(folder, out, tolerance)
+            if found["facts_failed"]:
+                raise Violation(found)
+            return found
 
         carry_out(work, show_report, json)
 
@@ -250,7 +253,12 @@ def quick_test() -> Callable:
 
             with tempfile.TemporaryDirectory(prefix="nbhelpers-") as scratch:
                 folder = out or Path(scratch) / "sweep"
-                result = _checked(sweep.run(QUICK_PLAN, folder, progress=say_progress))
+                result = sweep.run(QUICK_PLAN, folder, progress=say_progress)
+                if result["ended"] == "stopped":
+                    raise Interrupted("interrupted")
+                if result["failed"]:
+                    errors = [job["error"] for job in sweep.status(folder)["jobs"] if job["error"]]
+                    raise RuntimeError(f"{result['failed']} of {result['planned']} jobs failed: {errors[0]}")
                 rows = sweep.results(folder)
             keys = ("sparsity", "mode", "dense", "masked", "tuned", "tuned_low", "tuned_high", "merge_violations")
             found = [{name: row.get(name) for name in (*keys, "all_facts_hold")} for row in rows if not row["alias"]]

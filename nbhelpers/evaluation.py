@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from nbhelpers import (
@@ -22,7 +22,7 @@ from nbhelpers import (
     answers,
     facts,
     generation,
-    mask_files,
+    mask_sets,
     masks,
     memory,
     models,
@@ -66,6 +66,12 @@ class EvaluationConfig(StrictConfig):
     device: str | None = Field(None, description="cpu, cuda or mps; None = what is found")
     batch_tokens: int | None = Field(None, ge=1, description="most padded tokens of a pass; None = by device")
     cache: bool = Field(True, description="take answers from before where nothing that decides them differs")
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> EvaluationConfig:
+        if self.masks is None and self.masks_sparsity is not None:
+            raise ValueError(f"masks_sparsity is one of a mask file's: name the file, got {self.masks_sparsity} alone")
+        return self
 
 
 def evaluate(
@@ -379,7 +385,8 @@ def _answer(config, tracker: ExperimentTracker, rows, asked, tell, should_stop):
             config.model, device=config.device, dtype=config.dtype, quantization=config.quantization
         )
         if config.masks is not None:  # before adapters: a mask is one of the model's own weights
-            chosen = mask_files.load(_mask_file(config.masks), loaded.model).levels.lazily(config.masks_sparsity)
+            file = mask_sets.load_for(_mask_file(config.masks), config.model, loaded.model)
+            chosen = file.levels.lazily(config.masks_sparsity)
             masks.apply(loaded.model, chosen)
         if config.adapter is not None:
             models.put_adapters(loaded.model, config.adapter)

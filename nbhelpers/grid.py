@@ -350,7 +350,12 @@ def in_order(expansion: Expansion, jobs: Sequence[Job]) -> list[Job]:
     met: dict[str, int] = {}
     for job in ordered:
         met.setdefault(repr(kind.shares(job.config)), len(met))
-    return sorted(ordered, key=lambda job: (kind.early(job.config), met[repr(kind.shares(job.config))]))
+    stages = sorted({kind.early(job.config) for job in ordered})
+    found = []
+    for number, stage in enumerate(stages):  # to and fro: what was shared last in one stage is shared first in the next
+        part = [job for job in ordered if kind.early(job.config) == stage]
+        found += sorted(part, key=lambda job: (-1) ** number * met[repr(kind.shares(job.config))])
+    return found
 
 
 # --- order ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,8 @@ def _resolved_sparsity(config) -> dict[str, Any]:
 
 
 def sparsity_price(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a plan does in all: trainings, evaluations (of one process, which keeps answers), loads by each worker,
-    scorings, and the bytes of models that come from the hub (None: not known before)."""
+    """What a plan does in all, carried out by one process in this order: trainings, evaluations (answers before tuning
+    are kept), loads (one model is held), scorings, and the bytes of models from the hub (None: not known before)."""
     from nbhelpers import catalogue, importance
 
     masked = [config for config in configs if config["sparsity"]]
@@ -152,11 +153,13 @@ def sparsity_price(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     how = ("pattern", "importance", "scope", "dimension", "seed")
     looks = {name: importance.needs_data(name) for name in {config["importance"] for config in masked}}
     dense = _distinct(configs, asked)
-    before = _distinct(masked, (*asked, *how, "sparsity"))
-    scored = {
-        (config["model"], *(config[name] for name in how), looks[config["importance"]] and config["task"])
-        for config in masked
-    }
+    masked_alone = _distinct(masked, (*asked, *how, "sparsity"))
+    scored = set()
+    for config in masked:
+        seeded = looks[config["importance"]] or config["importance"] == "random"
+        same = [config[name] for name in how if name != "seed" or seeded]
+        scored.add((config["model"], *same, looks[config["importance"]] and config["task"]))
+    loads = sum(one["model"] != before["model"] for before, one in itertools.pairwise(configs)) + bool(configs)
     trainings = sum(config["tuning"] == "lora" for config in configs)
     downloads = {}
     for name in sorted({config["model"] for config in configs}):
@@ -167,8 +170,8 @@ def sparsity_price(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 downloads[name] = None
     return {
         "trainings": trainings,
-        "evaluations": trainings + len(dense) + len(before),
-        "loads_per_worker": len({config["model"] for config in configs}),
+        "evaluations": trainings + len(dense) + len(masked_alone),
+        "loads": loads,
         "scorings": len(scored),
         "downloads": downloads,
     }
@@ -187,7 +190,7 @@ def sparsity_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     tuned = result.get("tuned") or {}
     interval = tuned.get(f"{metric}_interval") or {}
     found |= {"tuned_low": interval.get("low"), "tuned_high": interval.get("high"), "n": tuned.get("n")}
-    found["generated"] = (result.get("protocol") or {}).get("generated")
+    found |= {name: (result.get("protocol") or {}).get(name) for name in ("generated", "dtype", "device")}
     found |= {"mask_sha256": mask.get("sha256"), "measured_sparsity": mask.get("sparsity")}
     found |= {f"merge_{name}": merge.get(name) for name in ("difference", "violations", "withheld")}
     names = ("all_facts_hold", "validation_nll", "tokens_per_second", "steps", "best_step", "overhead_share")

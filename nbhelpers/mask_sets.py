@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nbhelpers import calibration, channels, facts, importance, mask_files, masks, models, records
@@ -28,7 +29,8 @@ IMPORTANCES = tuple(importance.IMPORTANCE)
 USUAL = tuple(tenth / 10 for tenth in range(1, 10))
 GROUP = 4  # M of N:M
 log = logging.getLogger(__name__)
-_held: dict[str, masks.Levels] = {}  # the set that was used last
+HELD_BYTES = 2**30  # of the sets that a process keeps in memory, the last one whatever its size
+_held: dict[str, masks.Levels] = {}  # the sets that were used last
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class Wanted:
 
     @classmethod
     def of(cls, config: Any) -> Wanted:
-        """scope, where the pattern knows it; N:M compares within its groups."""
+        """scope, where the pattern knows it; N:M compares within its groups. seed: 0 where it decides nothing."""
         scope = SCOPES["nm"][0] if config.pattern == "nm" else config.scope
-        return cls(config.pattern, config.importance, scope, config.dimension, config.seed)
+        seeded = config.importance == "random" or looks_at_data(config.importance)
+        return cls(config.pattern, config.importance, scope, config.dimension, config.seed if seeded else 0)
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,12 @@ class Chosen:
     def fact(self, model: nn.Module) -> Fact:
         """Exactly as many weights (rows, channels) go as were asked for, counted on the mask itself."""
         counted = _groups(self, model)
-        if self.wanted.scope == "global":
+        if self.wanted.scope == "global":  # what counts is exact in all of them together
             counted = {"all": tuple(map(sum, zip(*counted.values(), strict=True)))}
         wrong = [
             n for n, (gone, whole, of) in counted.items() if gone != masks.count(self.sparsity, of) or gone != whole
         ]
+        wrong += _torn_channels(self, model)
         gone, asked = (sum(values) for values in zip(*self._gone_and_asked(counted), strict=True))
         return Fact(
             "mask_leaves_out_as_many_as_asked",
@@ -113,6 +117,10 @@ class Chosen:
         }
 
 
+def looks_at_data(name: str) -> bool:
+    return importance.needs_data(name)
+
+
 def check(name: str) -> None:
     """LookupError for an importance that there is not."""
     if name not in IMPORTANCES:
@@ -142,6 +150,7 @@ def chosen(
     key = records.sha256_json(content | {"scored_on": scored_on})
     path = folder / f"{key}.safetensors"
     if key in _held:
+        _held[key] = _held.pop(key)  # the last one to go
         return Chosen(_held[key], sparsity, wanted, scored_on, "cached")
     came = "measured"
     if path.is_file():
@@ -150,8 +159,9 @@ def chosen(
         levels = _made(model, wanted, content["sparsities"], rows if looks else None, should_stop)
         folder.mkdir(parents=True, exist_ok=True)
         mask_files.save(path, levels, importance=wanted.importance, seed=wanted.seed)
-    _held.clear()
     _held[key] = levels
+    while len(_held) > 1 and sum(map(_bytes, _held.values())) > HELD_BYTES:
+        _held.pop(next(iter(_held)))
     return Chosen(levels, sparsity, wanted, scored_on, came)
 
 
@@ -169,6 +179,10 @@ def _made(model, wanted: Wanted, sparsities, rows, should_stop) -> masks.Levels:
     again = wanted.pattern == "unstructured" and wanted.scope == "global"
     held = dict(scores()) if again and rows is not None else scores
     return masks.create(model, held, sparsities, **options)
+
+
+def _bytes(levels: masks.Levels) -> int:
+    return sum(packed.numel() for packed in levels.packed.values())
 
 
 def _together(wanted: Wanted, sparsity: float) -> list[float]:
@@ -192,13 +206,51 @@ def _groups(found: Chosen, model: nn.Module) -> dict[str, tuple[int, int, int]]:
             if structured:
                 matrix = matrix.t() if reads[one.name] else matrix
                 counted[name] = (int(matrix.any(1).sum()), int(matrix.all(1).sum()), len(matrix))
-            elif found.wanted.scope == "row":
-                rows = matrix.reshape(-1, matrix.shape[-1]).sum(1)
-                counted |= {f"{name} row {at}": (int(n), int(n), matrix.shape[-1]) for at, n in enumerate(rows)}
+            elif found.wanted.scope in ("row", SCOPES["nm"][0]):  # each row, or each group of M along the inputs
+                together = GROUP if found.wanted.pattern == "nm" else matrix.shape[-1]
+                counts, of = matrix.reshape(-1, together).sum(1).unique(return_counts=True)
+                for count, times in zip(counts.tolist(), of.tolist(), strict=True):
+                    counted[f"{name}, {times} of {together} losing {count}"] = (count, count, together)
             else:
                 total = int(matrix.sum())
                 counted[name] = (total, total, matrix.numel())
     return counted
+
+
+def _torn_channels(found: Chosen, model: nn.Module) -> list[str]:
+    """Projections that write MLP channels of which other ones go than are read no more."""
+    if found.wanted.pattern != "structured" or found.wanted.dimension != "channels":
+        return []
+    by_name = {one.name: one for one in projections(model, accept_low_coverage=True).covered}
+    torn = []
+    for block in channels.coupled(model):
+        *ups, down = block
+        read = _experts(by_name[down].as_matrix(~found.mask[down])).all(1)
+        for name in ups:
+            rows = _experts(by_name[name].as_matrix(~found.mask[name]))
+            asked = read.repeat(1, block[name])
+            if not torch.equal(rows.any(2), asked) or not torch.equal(rows.all(2), asked):
+                torn.append(name)
+    return torn
+
+
+def _experts(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.ndim == 3 else matrix[None]
+
+
+def load_for(path: Path, name: str, model: nn.Module, *, any_weights: bool = False) -> mask_files.MaskFile:
+    """Masks out of a file for the model of this name, just loaded. ValueError where they were made for other weights:
+    by the model's files where both are known, so that its number format does not matter, else by its weights."""
+    found = mask_files.load(path, model, same_weights=False)
+    wanted, here = found.header.get("model_files"), models.files_fingerprint(name)
+    if any_weights or (wanted is not None and here is not None and records.sha256_json(here) == wanted):
+        return found
+    if wanted is not None and here is not None:
+        raise ValueError(
+            f"mask file '{path}' is for a model with other files than {name!r}: name the model that it was made of "
+            f"({found.header.get('model')!r}), or say any weights (--any-weights)"
+        )
+    return mask_files.load(path, model)
 
 
 def _columns(wanted: Wanted, model: nn.Module) -> dict[str, bool]:

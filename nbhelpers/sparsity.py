@@ -7,6 +7,8 @@ calibration rows, and answers before tuning are taken from before where nothing 
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from nbhelpers import (
     evaluation,
     facts,
     mask_sets,
+    masks,
     models,
     predictions,
     records,
@@ -90,7 +93,14 @@ class SparsityConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> SparsityConfig:
+        if tasks.find(self.task).kind == "rolling":
+            raise ValueError(f"task {self.task!r} asks nothing, so there is no accuracy: name another task")
         mask_sets.check(self.importance)
+        if self.pattern == "nm" and (masks.exact(self.sparsity) * mask_sets.GROUP).denominator != 1:
+            raise ValueError(
+                f"pattern 'nm' leaves out a whole number of each {mask_sets.GROUP} weights: sparsity must be a "
+                f"multiple of {1 / mask_sets.GROUP:g}, got {self.sparsity:g}"
+            )
         if self.mode == DENSE and self.sparsity:
             raise ValueError(f"mode 'dense' has no mask: sparsity must be 0, got {self.sparsity}")
         if self.pattern != "nm" and self.scope not in SCOPES[self.pattern]:
@@ -146,7 +156,7 @@ class SparsityExperiment(StagedExperiment):
         """(rows, what is asked, training text), before any weights: what is wrong with them is said here."""
         runtime.check_supported()
         check_window(config.window, models.load_config(config.model))
-        files = tuple(records.sha256_known(Path(name)) for name in (config.data, config.train_data) if _is_file(name))
+        files = tuple(records.sha256_known(_path(name)) for name in (config.data, config.train_data) if _is_file(name))
         same = (config.task, config.data, config.train_data, config.shots, config.limit, files)
         if same not in _read:
             rows, asked = evaluation.questions(
@@ -173,8 +183,10 @@ class SparsityExperiment(StagedExperiment):
             tuned = self._tune(model, chosen) if config.tuning == "lora" else None
             found["tuned"] = self._after_tuning(model, chosen) if tuned is not None else found["masked"]
             self._check_mask(model, chosen)
+            self.precision = evaluation.precision_of(model) | {"device": next(model.parameters()).device.type}
             records.write_atomic(self.tracker.run_dir / predictions.FILE, evaluation.as_lines(self.lines))
             if config.keep_model:
+                shutil.rmtree(self.tracker.run_dir / "model", ignore_errors=True)  # of an attempt killed after saving
                 models.save_model(model, self.tokenizer, self.tracker.run_dir / "model")
         self.seconds["total"] = time.perf_counter() - began
         return self._result(found, chosen, tuned, corpus)
@@ -257,6 +269,11 @@ class SparsityExperiment(StagedExperiment):
         """The mask of this run, checked for its counts."""
         self._tell("masking")
         config = self.config
+        if mask_sets.looks_at_data(config.importance) and len(self.train) < config.calibration_rows:
+            raise ValueError(
+                f"calibration_rows must be at most the {len(self.train)} training rows there are, got "
+                f"{config.calibration_rows}"
+            )
         with self._timed("masking"):
             chosen = mask_sets.chosen(
                 model,
@@ -305,7 +322,7 @@ class SparsityExperiment(StagedExperiment):
             "micro_batch_size": None if tuned is None else tuned.micro_batch_size,
             "tokens_per_second": None if tuned is None else tuned.tokens_per_second,
             "trainable_parameters": None if tuned is None else tuned.trainable_parameters,
-            "protocol": protocol | {"dtype": config.dtype, "came": "measured"},
+            "protocol": protocol | self.precision | {"came": found["tuned"]["came"]},
             "text": {"source": corpus.source, "generated": corpus.generated, "sha256": corpus.sha256},
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "overhead_share": 1 - busy / self.seconds["total"],
@@ -328,8 +345,12 @@ def _hold(where: dict, key: tuple, value: Any) -> None:
     where[key] = value
 
 
+def _path(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # an unknown ~user stays as it is
+
+
 def _is_file(name: str | None) -> bool:
-    return name is not None and Path(name).expanduser().is_file()
+    return name is not None and _path(name).is_file()
 
 
 def training_text(config: SparsityConfig) -> data.Corpus:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nbhelpers import records, sweep
 from nbhelpers.ledger import Ledger
 
+KEYS = ("model", "task", "sparsity", "mode", "seed")  # axes that have a place of their own in the tables
 TOLERANCE = 0.02  # points of the task's measure below the tuned dense model that still pass
 FILES = ("results.csv", "columns.json", "summary.md", "correctness.md")
 
@@ -28,13 +29,15 @@ class ResultRow(BaseModel):
     row: int = Field(ge=1, description="number in the plan, from 1")
     model: str = Field(description="name, folder or hub id")
     task: str = Field(description="name of the task")
-    method: str = Field(description="how weights were chosen: pattern and importance, or the plan's own name for them")
+    method: str = Field(description="the values of the plan's other axes, or how weights were chosen where it has none")
     pattern: str | None = Field(description="unstructured, structured or nm")
     importance: str | None = Field(description="what ranked the weights")
     scope: str | None = Field(description="what a weight is compared with")
     mode: str | None = Field(description="sparse_to_dense or sparse_to_sparse; dense at sparsity 0")
     sparsity: float = Field(ge=0, le=1, description="share of the projections' weights that was asked to go")
     seed: int = Field(description="seed of random scores, calibration rows, data order and adapters")
+    dtype: str | None = Field(None, description="number format of the weights")
+    device: str | None = Field(None, description="what it ran on")
     job: str = Field(description="id of the job that did it")
     alias: bool = Field(description="done by the job of an earlier row, as nothing of this row differs in effect")
     status: str = Field(description="status of the job; numbers stand only beside finished")
@@ -73,8 +76,9 @@ def rows(folder: str | Path, tolerance: float = TOLERANCE) -> list[ResultRow]:
         raise ValueError(f"'{folder}' is a sweep of {ledger.plan['kind']!r} runs, this report is of 'sparsity' ones")
     found = []
     for number, (place, cell) in enumerate(zip(ledger.rows, sweep.results(folder), strict=True), 1):
-        config = ledger.jobs[place.job].config | {k: v for k, v in place.values.items() if k in ("mode", "sparsity")}
-        method = place.values.get("method") or f"{config['pattern']} by {config['importance']}"
+        own = {name: value for name, value in place.values.items() if name in ResultRow.model_fields}
+        config = ledger.jobs[place.job].config | own  # of an alias its own place, not that of the job that did it
+        method = _label(place.values) or f"{config['pattern']} by {config['importance']}"
         known = {name: config[name] for name in ("model", "task", "pattern", "importance", "scope", "mode", "sparsity")}
         named = {name: cell.get(name) for name in ResultRow.model_fields if name in cell}
         found.append(
@@ -83,15 +87,21 @@ def rows(folder: str | Path, tolerance: float = TOLERANCE) -> list[ResultRow]:
     return [_judged(row, found, tolerance) for row in found]
 
 
+def _label(values: Mapping[str, Any]) -> str:
+    """What tells a row from others of its model, task, mode and sparsity, the seed aside."""
+    others = {name: value for name, value in values.items() if name not in KEYS}
+    return ", ".join(str(v) if isinstance(v, str) else f"{name} {v}" for name, v in others.items())
+
+
 def _judged(row: ResultRow, every: Sequence[ResultRow], tolerance: float) -> ResultRow:
-    base = next((one for one in every if _same_start(one, row) and one.sparsity == 0 and one.tuned is not None), None)
-    if row.tuned is None or base is None:
+    base = next((one for one in every if _same_start(one, row) and one.sparsity == 0 and one.all_facts_hold), None)
+    if row.tuned is None or base is None or not row.all_facts_hold:
         return row
     return row.model_copy(update={"within_tolerance": row.tuned >= base.tuned - tolerance - 1e-12})
 
 
 def _same_start(one: ResultRow, other: ResultRow) -> bool:
-    return (one.model, one.task, one.seed) == (other.model, other.task, other.seed)
+    return (one.model, one.task, one.method, one.seed) == (other.model, other.task, other.method, other.seed)
 
 
 def write(folder: str | Path, out: str | Path | None = None, tolerance: float = TOLERANCE) -> dict[str, Any]:
@@ -104,10 +114,12 @@ def write(folder: str | Path, out: str | Path | None = None, tolerance: float = 
     records.write_atomic(out / "summary.md", summary(found, tolerance))
     records.write_atomic(out / "correctness.md", correctness(found))
     finished = [row for row in found if row.status == "finished"]
+    broken = [row for row in finished if row.all_facts_hold is False and not row.alias]
     return {
+        "facts": [{"name": f"every fact of row {row.row} ({row.job})", "ok": False} for row in broken],
         "rows": len(found),
         "finished": len(finished),
-        "facts_failed": sum(row.all_facts_hold is False for row in finished if not row.alias),
+        "facts_failed": len(broken),
         "tolerance": tolerance,
         "headline": headline(found),
         "files": [str(out / name) for name in FILES],
@@ -130,8 +142,8 @@ def _cell(value: Any) -> Any:
 
 
 def headline(found: Sequence[ResultRow]) -> list[dict[str, Any]]:
-    """By model, task, method and mode the highest sparsity within tolerance, all lower ones that were measured being
-    within it too, with its interval; sparsity None where not even the lowest one is."""
+    """By model, task, method, mode and seed the highest sparsity within tolerance, all lower ones of the plan being
+    measured, proved and within it too, with its interval; sparsity None where not even the lowest one is."""
     best = []
     for key, cells in _groups(found).items():
         last = None
@@ -139,7 +151,7 @@ def headline(found: Sequence[ResultRow]) -> list[dict[str, Any]]:
             if not row.within_tolerance:
                 break
             last = row
-        told = dict(zip(("model", "task", "method", "mode"), key, strict=True))
+        told = dict(zip(("model", "task", "method", "mode", "seed"), key, strict=True))
         interval = {name: getattr(last, name) if last else None for name in ("tuned", "tuned_low", "tuned_high")}
         best.append({**told, "sparsity": last.sparsity if last else None, **interval})
     return best
@@ -148,7 +160,7 @@ def headline(found: Sequence[ResultRow]) -> list[dict[str, Any]]:
 def _groups(found: Sequence[ResultRow]) -> dict[tuple, list[ResultRow]]:
     groups: dict[tuple, list[ResultRow]] = {}
     for row in found:
-        groups.setdefault((row.model, row.task, row.method, row.mode), []).append(row)
+        groups.setdefault((row.model, row.task, row.method, row.mode, row.seed), []).append(row)
     return groups
 
 
@@ -158,11 +170,13 @@ def summary(found: Sequence[ResultRow], tolerance: float) -> str:
     lines += ["Intervals are 95 % over documents. Cells that are missing or failed say so.", ""]
     if any(row.generated for row in found):
         lines += ["The rows of these tasks were generated by this project: they say nothing about the real tasks.", ""]
-    for model, task in dict.fromkeys((row.model, row.task) for row in found):
-        cells = {(r.sparsity, r.method, r.mode): r for r in found if (r.model, r.task) == (model, task)}
+    several = len({row.seed for row in found}) > 1
+    for model, task, seed in dict.fromkeys((row.model, row.task, row.seed) for row in found):
+        here = [row for row in found if (row.model, row.task, row.seed) == (model, task, seed)]
+        cells = {(row.sparsity, row.method, row.mode): row for row in here}
         columns = list(dict.fromkeys((method, mode) for _, method, mode in cells))
         metric = next((row.metric for row in cells.values() if row.metric), "no measure yet")
-        lines += [f"## {model} on {task} ({metric})", ""]
+        lines += [f"## {model} on {task} ({metric})" + (f", seed {seed}" if several else ""), ""]
         lines.append("| sparsity | " + " | ".join(f"{m}, {(o or '').replace('_', ' ')}" for m, o in columns) + " |")
         lines.append("|---|" + "---|" * len(columns))
         for level in sorted({sparsity for sparsity, _, _ in cells}):
@@ -170,11 +184,12 @@ def summary(found: Sequence[ResultRow], tolerance: float) -> str:
             lines.append(f"| {level:g} | " + " | ".join(shown) + " |")
         lines.append("")
     lines += [f"## Highest sparsity within {tolerance:g} of the tuned dense model", ""]
-    lines += ["| model | task | method | mode | sparsity | there |", "|---|---|---|---|---|---|"]
+    lines += ["| model | task | method | mode | seed | sparsity | there |", "|---|---|---|---|---|---|---|"]
     for one in headline(found):
         where = "none" if one["sparsity"] is None else f"{one['sparsity']:g}"
-        there = "" if one["tuned"] is None else f"{one['tuned']:.3f} [{one['tuned_low']:.3f}, {one['tuned_high']:.3f}]"
-        lines.append(f"| {one['model']} | {one['task']} | {one['method']} | {one['mode']} | {where} | {there} |")
+        there = "" if one["tuned"] is None else _value(one["tuned"], one["tuned_low"], one["tuned_high"])
+        named = " | ".join(str(one[name]) for name in ("model", "task", "method", "mode", "seed"))
+        lines.append(f"| {named} | {where} | {there} |")
     return "\n".join(lines) + "\n"
 
 
@@ -183,8 +198,12 @@ def _shown(row: ResultRow | None) -> str:
         return "not planned"
     if row.tuned is None:
         return f"{row.status}: {row.failure}" if row.failure else "missing"
-    between = "" if row.tuned_low is None else f" [{row.tuned_low:.3f}, {row.tuned_high:.3f}]"
-    return f"{row.tuned:.3f}{between}" + ("" if row.all_facts_hold else " FACT FAILED")
+    return _value(row.tuned, row.tuned_low, row.tuned_high) + ("" if row.all_facts_hold else " FACT FAILED")
+
+
+def _value(value: float, low: float | None, high: float | None) -> str:
+    """With its interval, where more than one document gives one."""
+    return f"{value:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def correctness(found: Sequence[ResultRow]) -> str:

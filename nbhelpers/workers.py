@@ -24,7 +24,7 @@ from nbhelpers import grid, sweep
 from nbhelpers.grid import Plan
 from nbhelpers.ledger import Ledger
 from nbhelpers.records import plain, read_json, write_json
-from nbhelpers.runlock import is_alive, this_process
+from nbhelpers.runlock import is_alive, read_owner, this_process
 
 FOLDER = "workers"
 PROBE, PLAN = "probe.json", "plan.json"
@@ -58,7 +58,7 @@ def work(
     Jobs that a dead worker left are taken over once its heartbeat is stale. ValueError without the plan's probe.
     """
     folder, allowed = Path(folder), sweep.parse_budget(budget)
-    _check_common(folder)
+    _check_common(folder, plan)
     until = time.monotonic() + allowed
     with _told_by_signals(should_stop) as stop, _present(folder):
         while True:
@@ -70,8 +70,8 @@ def work(
 
 def present(folder: str | Path) -> list[dict[str, Any]]:
     """The workers that may be at work in a folder now: {host, pid, utc}, by host and process."""
-    found = [read_json(path) for path in sorted((Path(folder) / FOLDER).glob("on-*.json"))]
-    return [one for one in found if is_alive(one)]
+    found = [read_owner(path) for path in sorted((Path(folder) / FOLDER).glob("on-*.json"))]
+    return [one for one in found if is_alive(one)]  # one that has ended meanwhile says nothing
 
 
 def run(
@@ -95,7 +95,7 @@ def run(
     workers = [_start(folder, count, budget) for _ in range(count)]
     ended = "done"
     try:
-        while any(worker.poll() is None for worker in workers):
+        while True:
             if should_stop is not None and should_stop():
                 raise KeyboardInterrupt
             killed = [worker for worker in workers if (worker.poll() or 0) < 0]
@@ -103,13 +103,21 @@ def run(
                 workers.remove(worker)
                 workers.append(_start(folder, count, budget))
                 restarts -= 1
+            if all(worker.poll() is not None for worker in workers):
+                break
             time.sleep(LOOK_SECONDS)
     except KeyboardInterrupt:
         ended = "stopped"
     finally:
         _end(workers)
     found = Ledger(folder).coverage()
+    codes = [worker.returncode for worker in workers]
     if ended == "done" and found["missing"]:
+        if not all(code in (0, 1) for code in codes):  # 1: jobs of it failed, and stand in the ledger
+            raise RuntimeError(
+                f"{found['missing']} of {found['planned']} jobs are missing and workers ended with {sorted(codes)}: "
+                "see what they said above; the same command goes on"
+            )
         ended = "budget" if budget is not None else "stopped"
     tried = found["done"] + found["failed"] - before["done"] - before["failed"]
     seconds = round(time.monotonic() - started, 3)
@@ -134,12 +142,18 @@ def _end(workers: list[subprocess.Popen]) -> None:
         worker.wait()
 
 
-def _check_common(folder: Path) -> None:
+def _check_common(folder: Path, plan: str | Path | Mapping[str, Any] | Plan) -> None:
+    """ValueError unless this plan was laid down here."""
     probe = folder / FOLDER / PROBE
     if not probe.is_file():
         raise ValueError(
             f"'{folder}' has no {FOLDER}/{PROBE}: lay the plan down first (sweep plan PLAN --out DIR), and look "
             "whether this machine sees the same folder"
+        )
+    if plain(grid.read_plan(plan)) != read_json(folder / FOLDER / PLAN):
+        raise ValueError(
+            f"'{folder}' was laid down with another plan than this one: give {FOLDER}/{PLAN} of that folder, or lay "
+            "the changed plan down first (sweep plan PLAN --out DIR)"
         )
 
 

@@ -11,6 +11,6 @@
 # USR1 comes two minutes before the end: a worker stops its job, keeps what it has, and gives the lease back.
 set -eu
 : "${SHARED:?set SHARED to a folder that all machines see}"
-PLAN="${PLAN:-plans/pruning_grid.yaml}"
+PLAN="${PLAN:-$SHARED/workers/plan.json}"  # the plan that was laid down
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}" HF_HUB_OFFLINE=1
 srun nbhelpers sweep worker "$PLAN" --folder "$SHARED"

@@ -91,5 +91,9 @@ def test_a_mask_for_another_model_and_an_unknown_mode_are_refused_and_touch_noth
         cerebras.prepare_sparse_model(model, half(model), "dense")
     with pytest.raises(ValueError, match="names of the mask"):
         cerebras.export(tmp_path / "x", model, {"other": torch.ones(2, 2, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="got 'sparse-to-sparse'"):
+        cerebras.create_sparse_config(half(model), "sparse-to-sparse")
+    with pytest.raises(ValueError, match="got 'sparse-to-sparse'"):
+        cerebras.export(tmp_path / "x", model, half(model), "sparse-to-sparse")
     assert not (tmp_path / "x").exists()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

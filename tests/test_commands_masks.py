@@ -82,6 +82,25 @@ def test_a_file_alone_is_checked_and_a_flipped_bit_refused_by_name(made, tmp_pat
     assert found.exit_code == 2 and "masks.safetensors' is refused" in found.stderr
 
 
+def test_masks_fit_the_model_they_were_made_of_in_any_number_format_and_no_other_one(made, tmp_path):
+    folder, _ = made
+    asked = ("evaluate", "--task", "boolq", "--data", "bundled", "--limit", 2, "--device", "cpu", "--dtype", "bfloat16")
+    masked = ("--masks", folder / "masks.safetensors", "--masks-sparsity", 0.5)
+    assert result(*asked, "--model", "tiny-gpt2", *masked, "--out", tmp_path / "a")["all_facts_hold"]
+    own = models.load_model("tiny-gpt2", device="cpu")
+    with torch.no_grad():
+        own.model.lm_head.weight.mul_(1.5)
+    models.save_model(own.model, own.tokenizer, tmp_path / "other")
+    apply = ("masks", "apply", folder, "--model", tmp_path / "other", "--sparsity", 0.5)
+    refused = call(*apply, "--out", tmp_path / "b")
+    assert refused.exit_code == 2 and "is for a model with other files than" in refused.stderr
+    assert result(*apply, "--out", tmp_path / "c", "--any-weights")["violations"] == 0
+    alone = call("evaluate", "--model", "tiny-gpt2", "--masks-sparsity", 0.5, "--out", tmp_path / "d")
+    assert alone.exit_code == 2 and "masks_sparsity is one of a mask file's" in alone.stderr
+    alone = call("masks", "verify", folder, "--sparsity", 0.5)
+    assert alone.exit_code == 2 and "name it with --model" in alone.stderr
+
+
 def test_statistics_and_overlap_say_how_masks_were_made_and_what_they_share(made, tmp_path):
     folder, _ = made
     shown = call("masks", "stats", folder).stdout

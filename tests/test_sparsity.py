@@ -171,6 +171,37 @@ def test_a_mask_with_a_weight_too_few_is_reported(tmp_path, monkeypatch):
     assert failed(run(tmp_path / "s" / "run", tuning="none"))[:1] == ["mask_leaves_out_as_many_as_asked"]
 
 
+def test_a_mask_that_is_not_of_the_pattern_is_reported_though_its_number_is_right(monkeypatch, tmp_path):
+    own = masks.create
+
+    def single_weights(model, scores, sparsities, **options):
+        made = own(model, scores, sparsities, scope="layer", absolute=True)
+        return masks.Levels(made.sparsities, made.shapes, made.packed, options)
+
+    monkeypatch.setattr(masks, "create", single_weights)
+    assert failed(run(tmp_path / "s" / "a", tuning="none", pattern="nm", limit=2)) == [
+        "mask_leaves_out_as_many_as_asked"
+    ]
+    structured = {"pattern": "structured", "dimension": "channels"}
+    assert failed(run(tmp_path / "s" / "b", tuning="none", limit=2, **structured)) == [
+        "mask_leaves_out_as_many_as_asked"
+    ]
+
+
+def test_channels_that_are_written_but_not_read_are_reported():
+    loaded = models.load_model("tiny-llama", device="cpu", dtype="float32").model
+    wanted = mask_sets.Wanted("structured", "magnitude", "layer", "channels", 0)
+    options = {"pattern": "structured", "scope": "layer", "dimension": "channels", "absolute": True}
+    whole = masks.create(loaded, masks.weights(loaded), 0.5, **options)
+    assert mask_sets.Chosen(whole, 0.5, wanted, None, "measured").fact(loaded).ok
+    mask = whole.mask()
+    name = "model.layers.1.mlp.gate_proj.weight"
+    mask[name] = mask[name].roll(1, 0)  # as many rows, but other ones
+    torn = masks.Levels((0.5,), whole.shapes, masks.pack(mask).packed, whole.how)
+    found = mask_sets.Chosen(torn, 0.5, wanted, None, "measured").fact(loaded)
+    assert not found.ok and found.values["wrong"] == [name]
+
+
 def test_peft_s_own_merge_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(masked_adapters, "attach", lambda layer, bits: None)  # plain LoRA layers: plain delta and merge
     found = failed(run(tmp_path / "s" / "run"))
@@ -202,6 +233,9 @@ def test_weights_that_come_alive_between_merge_and_evaluation_are_reported(tmp_p
         ({"pattern": "structured", "scope": "row"}, "unknown scope of pattern 'structured' 'row'"),
         ({"dimension": "inputs"}, "dimension is of pattern 'structured', got 'inputs' with 'unstructured'"),
         ({"sparsity": 1.5}, "less than or equal to 1"),
+        ({"pattern": "nm", "sparsity": 0.9}, "sparsity must be a multiple of 0.25, got 0.9"),
+        ({"task": "perplexity"}, "task 'perplexity' asks nothing, so there is no accuracy"),
+        ({"task": "bolq"}, "unknown task 'bolq'. Did you mean 'boolq'"),
     ],
 )
 def test_nonsense_is_refused_at_birth(changes, said):
@@ -218,6 +252,21 @@ def test_a_file_of_evaluation_rows_needs_one_of_training_rows_and_their_overlap_
     files = {"data": str(tmp_path / "eval.jsonl"), "train_data": str(tmp_path / "train.jsonl")}
     corpus = sparsity.training_text(SparsityConfig(**QUICK | files))
     assert corpus.left_out == 6 and len(corpus.train) + len(corpus.validation) == 54 and not corpus.generated
+
+
+def test_more_calibration_rows_than_there_are_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"calibration_rows must be at most the \d+ training rows there are, got 100000"
+    ):
+        run(tmp_path / "s" / "run", importance="wanda", calibration_rows=100_000, tuning="none")
+
+
+def test_the_record_names_the_precision_and_device_that_were_used_and_how_the_answers_came(tmp_path):
+    first = run(tmp_path / "s" / "a", tuning="none", limit=2)
+    second = run(tmp_path / "s" / "b", tuning="none", limit=2)
+    for found, came in ((first, "measured"), (second, "cached")):
+        told = {name: found["protocol"][name] for name in ("dtype", "device", "came")}
+        assert told == {"dtype": "float32", "device": "cpu", "came": came}
 
 
 def test_jobs_that_mean_the_same_are_one_and_dense_ones_come_first():
@@ -243,7 +292,7 @@ def test_a_plan_says_what_it_will_do_in_all():
     assert found == {
         "trainings": 330,
         "evaluations": 330 + 2 * 3 + before,
-        "loads_per_worker": 2,
+        "loads": 5,  # two models, dense ones of both first, then 50 %, 90 % and the rest, to and fro
         "scorings": 2 * 3,  # no method looks at data, so the tasks share them
         "downloads": {},
     }

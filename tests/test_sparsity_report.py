@@ -48,6 +48,37 @@ def test_another_model_task_or_seed_is_not_what_a_row_is_compared_with():
     assert [row.within_tolerance for row in judged(rows)] == [True, True, True, False]
 
 
+def test_a_run_whose_fact_failed_passes_nothing_and_no_other_is_judged_by_it():
+    found = judged([cell(1, 0, 0.8), cell(2, 0.5, 0.8, all_facts_hold=False), cell(3, 0.9, 0.8)])
+    assert [row.within_tolerance for row in found] == [True, None, True] and headline(found)[0]["sparsity"] is None
+    found = judged([cell(1, 0, 0.8, all_facts_hold=False), cell(2, 0.5, 0.8)])
+    assert found[1].within_tolerance is None
+
+
+def test_seeds_have_tables_and_headlines_of_their_own():
+    rows = [cell(1, 0, 0.8), cell(2, 0.5, 0.8), cell(3, 0, 0.9, seed=1), cell(4, 0.5, 0.3, seed=1)]
+    found = judged(rows)
+    assert [(one["seed"], one["sparsity"]) for one in headline(found)] == [(0, 0.5), (1, None)]
+    said = summary(found, 0.02)
+    assert "## m on t (acc), seed 0" in said and "## m on t (acc), seed 1" in said
+    assert said.count("0.300 [0.250, 0.350]") == 1 == said.count("\n| 0.5 | 0.800 [0.750, 0.850] |")
+
+
+def test_rows_that_differ_in_another_axis_are_told_apart(tmp_path):
+    base = {"model": "tiny-gpt2", "task": "boolq", "limit": 4, "tuning": "none", "device": "cpu"}
+    axes = {"importance": ["magnitude", "random"], "scope": ["layer", "global"], "sparsity": [0, 0.5]}
+    sweep.run({"kind": "sparsity", "base": base, "axes": axes}, tmp_path / "s", only=1)
+    found = sparsity_report.rows(tmp_path / "s")
+    named = ["magnitude, layer", "magnitude, global", "random, layer", "random, global"]
+    assert [row.method for row in found] == [name for name in named for _ in range(2)]
+    assert [row.status for row in found if row.sparsity == 0] == ["finished"] * 4, "the dense job serves all of them"
+
+
+def test_one_document_gives_no_interval_and_no_error():
+    said = summary(judged([cell(1, 0, 1.0, tuned_low=None, tuned_high=None), cell(2, 0.5, 1.0, tuned_low=None)]), 0.02)
+    assert "| 0 | 1.000 |" in said
+
+
 def test_a_table_shows_missing_failed_and_false_facts_as_what_they_are():
     rows = [
         cell(1, 0, 0.8, generated=True),
@@ -84,6 +115,7 @@ def test_the_files_hold_every_row_of_the_plan_by_the_schema_that_stands_beside(t
     sweep.run({"kind": "sparsity", "base": base, "axes": axes}, tmp_path / "s", only=2)
     found = sparsity_report.write(tmp_path / "s")
     assert (found["rows"], found["finished"], found["facts_failed"]) == (4, 1, 0)
+    assert found["facts"] == []
     with open(tmp_path / "s" / "report" / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["planned", "finished", "planned", "planned"]

@@ -96,6 +96,26 @@ def test_a_folder_without_the_plan_s_probe_is_not_the_one_that_is_shared(tmp_pat
     assert not any((tmp_path / "other").iterdir())
 
 
+def test_a_worker_with_another_plan_leaves_the_folder_as_it_is(tmp_path):
+    workers.lay_down(plan(axes={"a": [1, 2, 3]}), tmp_path / "s")
+    before = read_json(tmp_path / "s" / "plan.json")
+    with pytest.raises(ValueError, match="was laid down with another plan than this one"):
+        workers.work(plan(axes={"a": [9]}), tmp_path / "s")
+    assert read_json(tmp_path / "s" / "plan.json") == before and not (tmp_path / "s" / "runs").exists()
+
+
+@pytest.mark.slow
+def test_workers_that_all_die_are_started_again_and_one_that_never_lives_is_no_used_up_budget(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_FATE", "2 middle")  # alone: nobody is alive when it has died
+    log = tmp_path / "log"
+    values = plan(base={"log": str(log), "cost": 0.01}, axes={"a": [1, 2, 3]})
+    found = workers.run(values, tmp_path / "s", 1)
+    assert (found["done"], found["missing"], found["ended"]) == (3, 0, "done")
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import sys; sys.exit(2)"))
+    with pytest.raises(RuntimeError, match=r"1 of 1 jobs are missing and workers ended with \[2, 2\]"):
+        workers.run(plan(), tmp_path / "t", 2, budget="10h")
+
+
 def test_a_probe_is_laid_down_once_and_says_where(tmp_path):
     first = workers.lay_down(plan(axes={"a": [1]}), tmp_path / "s")
     assert workers.lay_down(plan(axes={"a": [1, 2]}), tmp_path / "s") == first and len(first["token"]) == 12
@@ -122,6 +142,12 @@ def test_a_single_row_can_be_done_alone_and_a_row_that_is_none_is_refused(tmp_pa
     assert run.config["a"] == 6
     with pytest.raises(ValueError, match="only must be the number of a row, 1 to 3, got 4"):
         sweep.run(values, tmp_path / "s", only=4)
+    searched = {
+        "kind": "fake",
+        "search": {"metric": "total", "direction": "minimize", "trials": 2, "space": {"a": {"low": 0, "high": 9}}},
+    }
+    with pytest.raises(ValueError, match="only names a row of a grid, got 1"):
+        sweep.run(searched, tmp_path / "t", only=1)
 
 
 def test_fewer_than_one_worker_is_refused(tmp_path):
