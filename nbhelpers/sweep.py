@@ -120,13 +120,13 @@ def run(
     """
     allowed = parse_budget(budget)
     expansion = grid.expand(grid.read_plan(plan))
+    if only is not None and expansion.plan.search is not None:
+        raise ValueError(f"only names a row of a grid, got {only}: the trials of a search come one by one")
     if expansion.plan.search is not None:
         search.installed()
     ledger = Ledger.create(folder, expansion)
     if expansion.plan.search is not None:
         _check_same_files(expansion, ledger)
-    if only is not None and expansion.plan.search is not None:
-        raise ValueError(f"only names a row of a grid, got {only}: the trials of a search come one by one")
     if only is not None and not 1 <= only <= len(ledger.rows):
         raise ValueError(f"only must be the number of a row, 1 to {len(ledger.rows)}, got {only}")
     job = None if only is None else ledger.rows[only - 1].job
