@@ -10,7 +10,6 @@ import typer
 
 from nbhelpers.commands import Json, Violation, carry_out
 
-SUFFIXES = (".safetensors", ".pt", ".npz")
 Model = Annotated[str, typer.Option(help="bundled name, local folder, run directory or hub id")]
 Place = Annotated[Path, typer.Argument(metavar="DIR", help="mask file, or the folder that masks create wrote")]
 Which = Annotated[float | None, typer.Option(help="which of the file's sparsities; None = the only one")]
@@ -256,13 +255,13 @@ def show_applied(found: dict[str, Any]) -> str:
 
 def _file(place: Path) -> Path:
     """The mask file in a folder, or the file itself. LookupError where there is none or more than one."""
+    from nbhelpers.mask_files import SUFFIXES
+
     if not place.is_dir():
         if not place.exists():
             raise LookupError(f"mask file '{place}' does not exist")
         return place
-    found = sorted(
-        path for path in place.iterdir() if path.stem == "masks" and path.suffix in (".safetensors", ".pt", ".npz")
-    )
+    found = [path for suffix in SUFFIXES if (path := place / f"masks{suffix}").is_file()]
     if len(found) != 1:
         raise LookupError(f"'{place}' holds {len(found)} mask files (masks.safetensors, .pt, .npz): name one file")
     return found[0]

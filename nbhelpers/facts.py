@@ -303,30 +303,18 @@ def loss_is_the_models_own(check: dict[str, float], packing: str) -> Fact:
 def choices_score_as_alone(model: nn.Module, questions: Sequence[scoring.Question]) -> Fact:
     """A few questions: log-likelihoods of choices that share their context beside those of rows of their own, taken
     from the model's logits."""
-    apart, allowed = _apart(model, questions)
-    return Fact(
-        "choices_score_as_alone",
-        apart <= allowed,
-        "choices that share their context are as likely as each in a row of its own",
-        f"largest difference {apart:.1e} nats over {sum(len(asked.choices) for asked in questions)} choices",
-        {"difference": apart, "allowed": allowed},
-    )
+    says = "choices that share their context are as likely as each in a row of its own"
+    return _score_alike("choices_score_as_alone", says, "choices", model, questions)
 
 
 def texts_score_as_the_model_reads_them(model: nn.Module, windows: Sequence[scoring.Question]) -> Fact:
     """A few windows of texts: their log-likelihoods beside those taken from the model's logits."""
-    apart, allowed = _apart(model, windows)
-    return Fact(
-        "texts_score_as_the_model_reads_them",
-        apart <= allowed,
-        "windows of texts are as likely as the model's own logits say",
-        f"largest difference {apart:.1e} nats over {len(windows)} windows",
-        {"difference": apart, "allowed": allowed},
-    )
+    says = "windows of texts are as likely as the model's own logits say"
+    return _score_alike("texts_score_as_the_model_reads_them", says, "windows", model, windows)
 
 
-def _apart(model: nn.Module, questions: Sequence[scoring.Question]) -> tuple[float, float]:
-    """(largest difference in nats of a choice's log-likelihood from that of a row of its own, what is allowed)."""
+def _score_alike(name: str, says: str, what: str, model: nn.Module, questions: Sequence[scoring.Question]) -> Fact:
+    """Log-likelihoods of choices beside those of rows of their own, in nats. what: how the choices are called."""
     shared = dict(scoring.loglikelihoods(model, questions))
     limit, device, apart = scoring.longest_text(model), next(model.parameters()).device, 0.0
     for number, asked in enumerate(questions):
@@ -336,7 +324,10 @@ def _apart(model: nn.Module, questions: Sequence[scoring.Question]) -> tuple[flo
             own = sum(logs[place, token].item() for place, token in enumerate(choice))
             apart = max(apart, abs(shared[number][at] - own))
     longest = max(len(choice) for asked in questions for choice in asked.choices)
-    return apart, max(1e-3, 1e-5 * longest) if next(model.parameters()).dtype == torch.float32 else 0.5
+    allowed = max(1e-3, 1e-5 * longest) if next(model.parameters()).dtype == torch.float32 else 0.5
+    count = sum(len(asked.choices) for asked in questions)
+    saw = f"largest difference {apart:.1e} nats over {count} {what}"
+    return Fact(name, apart <= allowed, says, saw, {"difference": apart, "allowed": allowed})
 
 
 def mask_holds(model: nn.Module, mask) -> Fact:

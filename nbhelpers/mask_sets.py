@@ -21,7 +21,6 @@ from nbhelpers import calibration, channels, facts, importance, mask_files, mask
 from nbhelpers.facts import Fact
 from nbhelpers.mask_patterns import SCOPES
 from nbhelpers.projections import projections
-from nbhelpers.registry import unknown
 
 FORMAT = 1  # of the code that scores and selects: a new number makes every kept set an old one
 FOLDER = ".masks"  # beside the run directories
@@ -47,7 +46,7 @@ class Wanted:
     def of(cls, config: Any) -> Wanted:
         """scope, where the pattern knows it; N:M compares within its groups. seed: 0 where it decides nothing."""
         scope = SCOPES["nm"][0] if config.pattern == "nm" else config.scope
-        seeded = config.importance == "random" or looks_at_data(config.importance)
+        seeded = config.importance == "random" or importance.needs_data(config.importance)
         return cls(config.pattern, config.importance, scope, config.dimension, config.seed if seeded else 0)
 
 
@@ -66,9 +65,14 @@ class Chosen:
         return self.levels.lazily(self.sparsity)
 
     @cached_property
+    def alone(self) -> masks.Levels:
+        """This mask alone, one bit a weight."""
+        return masks.pack(self.mask)
+
+    @cached_property
     def sha256(self) -> str:
-        """Of this mask alone, one bit a weight: that of a file that holds nothing else."""
-        return mask_files.sha256(masks.pack(self.mask))
+        """That of a file that holds this mask and nothing else."""
+        return mask_files.sha256(self.alone)
 
     def apply(self, model: nn.Module) -> None:
         masks.apply(model, self.mask)
@@ -82,7 +86,8 @@ class Chosen:
             n for n, (gone, whole, of) in counted.items() if gone != masks.count(self.sparsity, of) or gone != whole
         ]
         wrong += _torn_channels(self, model)
-        gone, asked = (sum(values) for values in zip(*self._gone_and_asked(counted), strict=True))
+        gone = sum(gone for gone, _, _ in counted.values())
+        asked = sum(masks.count(self.sparsity, of) for _, _, of in counted.values())
         return Fact(
             "mask_leaves_out_as_many_as_asked",
             not wrong and bool(counted),
@@ -92,9 +97,6 @@ class Chosen:
             {"gone": gone, "asked": asked, "unit": self._unit, "wrong": wrong[:3]},
         )
 
-    def _gone_and_asked(self, counted: Mapping[str, tuple[int, int, int]]) -> list[tuple[int, int]]:
-        return [(gone, masks.count(self.sparsity, of)) for gone, _, of in counted.values()]
-
     @property
     def _unit(self) -> str:
         return {"structured": self.wanted.dimension}.get(self.wanted.pattern, "weights")
@@ -103,7 +105,7 @@ class Chosen:
         return facts.mask_holds(model, self.mask)
 
     def record(self) -> dict[str, Any]:
-        gone = sum(int((~kept).sum()) for kept in self.mask.values())
+        gone = sum(count for (count,) in self.alone.gone().values())
         return {
             "sha256": self.sha256,
             "sparsity": gone / self.levels.numbers,
@@ -115,16 +117,6 @@ class Chosen:
             "came": self.came,
             **{name: value for name, value in vars(self.wanted).items() if name != "importance"},
         }
-
-
-def looks_at_data(name: str) -> bool:
-    return importance.needs_data(name)
-
-
-def check(name: str) -> None:
-    """LookupError for an importance that there is not."""
-    if name not in IMPORTANCES:
-        raise LookupError(unknown("importance", name, IMPORTANCES))
 
 
 def chosen(

@@ -1,7 +1,7 @@
 """What does sparsity cost on a task? One run: mask -> LoRA on the task's training rows -> merge -> evaluation.
 
 The model is measured three times on the same documents: as it is, masked, and after tuning. What jobs of one sweep have
-in common is done once: a model is loaded once a process, weights are scored once for a model, importance and
+in common is done once: a loaded model is lent from job to job, weights are scored once for a model, importance and
 calibration rows, and answers before tuning are taken from before where nothing that decides them differs.
 """
 
@@ -22,6 +22,7 @@ from nbhelpers import (
     data,
     evaluation,
     facts,
+    importance,
     mask_sets,
     masks,
     models,
@@ -39,7 +40,6 @@ from nbhelpers.strict import StrictConfig
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
 
 DENSE = "dense"
-WINDOW = 256  # tokens of a training row where the config names none and the model's positions allow it
 MEASURED = ("dense", "masked", "tuned")
 HELD = 6  # texts kept by a process
 
@@ -95,7 +95,7 @@ class SparsityConfig(StrictConfig):
     def _fields_fit_together(self) -> SparsityConfig:
         if tasks.find(self.task).kind == "rolling":
             raise ValueError(f"task {self.task!r} asks nothing, so there is no accuracy: name another task")
-        mask_sets.check(self.importance)
+        importance.needs_data(self.importance)  # LookupError for one that there is not
         if self.pattern == "nm" and (masks.exact(self.sparsity) * mask_sets.GROUP).denominator != 1:
             raise ValueError(
                 f"pattern 'nm' leaves out a whole number of each {mask_sets.GROUP} weights: sparsity must be a "
@@ -211,7 +211,7 @@ class SparsityExperiment(StagedExperiment):
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def _take_text(self, corpus: data.Corpus) -> None:
-        window = check_window(self.config.window, models.load_config(self.config.model), WINDOW)
+        window = check_window(self.config.window, models.load_config(self.config.model))
         same = (corpus.sha256, models.tokenizer_fingerprint(self.tokenizer), window)
         if same not in _tokenised:
             parts = (corpus.train, corpus.validation[:VALIDATION_WINDOWS])
@@ -269,7 +269,7 @@ class SparsityExperiment(StagedExperiment):
         """The mask of this run, checked for its counts."""
         self._tell("masking")
         config = self.config
-        if mask_sets.looks_at_data(config.importance) and len(self.train) < config.calibration_rows:
+        if importance.needs_data(config.importance) and len(self.train) < config.calibration_rows:
             raise ValueError(
                 f"calibration_rows must be at most the {len(self.train)} training rows there are, got "
                 f"{config.calibration_rows}"
