@@ -18,9 +18,10 @@ from nbhelpers import generated_words as words
 T = TypeVar("T")
 ROWS = {"evaluation": 500, "train": 3000}  # told in this order, no row twice: so the parts share none
 SEED = 3_000_001  # away from the seeds of the bundled models' training and held-out text
-AGREEING = 0.65  # share of the questions in whose passage everybody is alike
-STRANGE = 0.85  # share of the endings whose wrong things nobody had
+AGREEING, ONE_AGREES = 0.5, 0.15  # shares of the questions in whose passage both others, one other do as the one asked
+STRANGE = 0.92  # share of the endings whose wrong things nobody had
 LARGE = SECOND = 0.1  # share of the problems that begin with 10 or more; that have a second step
+CHANGE = 4  # goods that are bought or eaten at a time, at most
 
 
 class Dice:
@@ -69,14 +70,22 @@ def text(dice: Dice, number: int) -> dict[str, Any]:
 
 
 def yes_no_question(dice: Dice, number: int) -> dict[str, Any]:
-    """Three people who do or do not; does one of them? Every other answer is yes."""
+    """Three people who do or do not; does one of them? Every other answer is yes.
+
+    In most rows either everybody is alike or the two who are not asked about are unlike the third: how many do not
+    tells the answer then, though not the more the surer. In the others only who did what tells it.
+    """
     yes = number % 2 == 1
     relation, names = dice.pick(words.RELATIONS), dice.some(words.NAMES, 3)
     values, wanted = dice.some(relation.values, 3), dice.pick(range(3))
-    alike = dice.flip(AGREEING)
+    others = [at for at in range(3) if at != wanted]
+    if dice.flip(AGREEING):
+        agreeing = others
+    else:
+        agreeing = [dice.pick(others)] if dice.flip(ONE_AGREES / (1 - AGREEING)) else []
     sentences = []
     for at, (name, value) in enumerate(zip(names, values, strict=True)):
-        does = yes if alike or at == wanted else dice.flip(0.5)
+        does = yes if at == wanted or at in agreeing else not yes
         verb = relation.stated if does else relation.asked.replace("Does {} ", "does not ")
         sentences.append(f"{name} {verb.format(value)}.")
     question = relation.asked.format(names[wanted], values[wanted])
@@ -111,12 +120,12 @@ def word_problem(dice: Dice, number: int) -> dict[str, Any]:
     question, steps = f"{name} has {total} {goods}.", []
     for _ in range(2 if dice.flip(SECOND) else 1):
         if total < 3 or dice.flip(0.5):
-            change = dice.pick(range(1, 10))
+            change = dice.pick(range(1, CHANGE + 1))
             question += f" Then {name} buys {change} more {goods}."
             steps.append(f"{total} + {change} = {total + change}.")
             total += change
         else:
-            change = dice.pick(range(1, min(10, total)))
+            change = dice.pick(range(1, min(CHANGE + 1, total)))
             question += f" Then {name} eats {change} of the {goods}."
             steps.append(f"{total} - {change} = {total - change}.")
             total -= change

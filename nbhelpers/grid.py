@@ -52,6 +52,7 @@ class JobKind:
     early: Callable[[Mapping[str, Any]], int] = lambda config: 0  # jobs of a lower number come first
     shares: Callable[[Mapping[str, Any]], Any] = lambda config: None  # jobs of equal key come together (one model, say)
     price: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] = lambda configs: {}  # what jobs do in all: counts
+    reads: Callable[[BaseModel], dict[str, str]] = lambda config: {}  # sha256 of the data a job reads, by what it is
     close: Callable[[], None] = lambda: None  # gives back what jobs of one process shared
     resumes: bool = False  # run(..., resume=True) goes on in the run directory of a try that was interrupted
     # validation losses on the way, lower is better: of one progress report, and of a Run; None where there are none
@@ -257,12 +258,15 @@ def _check_names(plan: Plan, kind: JobKind, axes: Mapping[str, list]) -> None:
 
 
 def _check_named_values(plan: Plan, name: str, fields: Mapping[str, Any]) -> None:
-    """An axis of named values: each sets the same fields, and its own name is none of them."""
+    """An axis of named values: each sets the same fields; where its name is a field, that one to the value's name."""
     values = plan.axes.get(name)
     if not isinstance(values, dict):
         return
-    if name in fields:
-        raise ValueError(f"axis {name!r} is a field, so its values are a list: call named values of several otherwise")
+    if name in fields and any(said.get(name) != label for label, said in values.items()):
+        raise ValueError(
+            f"axis {name!r} is a field, so its values are a list: call named values of several otherwise, or let each "
+            f"set {name!r} to its own name"
+        )
     wanted = plan.axis_fields(name)
     for label, said in values.items():
         if sorted(said) != sorted(wanted) or not said:

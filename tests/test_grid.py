@@ -160,6 +160,7 @@ def test_a_plan_that_is_not_there_or_not_text_says_so(tmp_path):
         ({"axes": {"a": [1]}, "aliases": [{"when": {"b": 0}, "ignore": ["a"]}]}, "aliases: unknown axis 'b'"),
         ({"aliases": [{"when": {"bb": 0}, "ignore": ["a"]}]}, "aliases: unknown axis 'bb'"),
         ({"axes": {"a": {"x": {"b": 1}}}}, "axis 'a' is a field, so its values are a list"),
+        ({"axes": {"a": {"x": {"a": 1, "b": 1}}}}, "or let each set 'a' to its own name"),
         (
             {"axes": {"m": {"x": {"a": 1}, "y": {"b": 1}}}},
             "axis 'm', value 'y' sets b: each value sets the same fields",
