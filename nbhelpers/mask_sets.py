@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbhelpers import calibration, channels, facts, importance, mask_files, masks, models, records
+from nbhelpers import calibration, channels, facts, importance, mask_files, mask_statistics, masks, models, records
 from nbhelpers.facts import Fact
 from nbhelpers.mask_patterns import SCOPES
 from nbhelpers.projections import projections
@@ -105,17 +105,19 @@ class Chosen:
         return facts.mask_holds(model, self.mask)
 
     def record(self) -> dict[str, Any]:
-        gone = sum(count for (count,) in self.alone.gone().values())
+        (counted,) = mask_statistics.counts_of_levels(self.alone)
+        layers = counted["per_layer"].items()  # a list: tables of runs make a column of every number in a mapping
         return {
             "sha256": self.sha256,
-            "sparsity": gone / self.levels.numbers,
-            "masked": gone,
-            "numbers": self.levels.numbers,
+            "sparsity": counted["sparsity"],
+            "masked": counted["gone"],
+            "numbers": counted["numbers"],
             "of": "weights of the covered projections",
             "estimator": importance.estimator(self.wanted.importance),
             "scored_on": self.scored_on,
             "came": self.came,
             **{name: value for name, value in vars(self.wanted).items() if name != "importance"},
+            "per_layer": [{"name": n, "numbers": one["numbers"], "gone": one["gone"]} for n, one in layers],
         }
 
 

@@ -1,0 +1,56 @@
+"""Is what a plan costs counted as a pencil counts it?"""
+
+from __future__ import annotations
+
+import pytest
+
+from nbhelpers import models, sparsity_price, sweep
+from nbhelpers.sparsity import SparsityConfig
+
+
+def configs(**changes) -> list[dict]:
+    """Dense, and 50 % in two modes."""
+    base = {"model": "tiny-llama", "task": "boolq", "steps": 10, "limit": 20} | changes
+    both = [{"sparsity": 0.5, "mode": mode} for mode in ("sparse_to_dense", "sparse_to_sparse")]
+    return [SparsityConfig(**base | values).model_dump() for values in ({"sparsity": 0}, *both)]
+
+
+def test_both_modes_of_a_mask_share_one_answer_before_tuning():
+    found = sparsity_price.price(configs())
+    assert {name: found[name] for name in ("trainings", "evaluations", "loads", "scorings")} == {
+        "trainings": 3,
+        "evaluations": 3 + 1 + 1,
+        "loads": 1,
+        "scorings": 1,
+    }
+
+
+def test_disk_grows_by_what_is_kept_and_by_nothing_else():
+    alone = sparsity_price.price(configs())["disk_bytes"]
+    records = 3 * (sparsity_price.RUN_BYTES + 2 * 20 * sparsity_price.ANSWER_BYTES + 10 * sparsity_price.STEP_BYTES)
+    weights = sum(p.numel() for p in models.load_model("tiny-llama").model.parameters() if p.ndim == 2)
+    assert 0 < alone - records < weights / 2, "one set of masks, four bits a weight of the projections"
+    kept = sparsity_price.price(configs(keep_model=True, dtype="float32"))["disk_bytes"]
+    model = models.load_model("tiny-llama").model
+    assert kept - alone == 3 * 4 * sum(p.numel() for p in model.parameters())
+    assert sparsity_price.price(configs(checkpoint_every=5))["disk_bytes"] > alone
+
+
+def test_what_nobody_knows_before_is_not_guessed():
+    found = sparsity_price.price(configs(model="somebody/some-model"))
+    assert found["downloads"] == {"somebody/some-model": None} and found["disk_bytes"] is None
+    assert sparsity_price.price(configs(data=None, limit=None))["disk_bytes"] is None, "rows of the hub: how many?"
+    assert sparsity_price.price(configs(data=None, limit=7))["disk_bytes"] is not None
+
+
+@pytest.mark.parametrize(
+    "seconds, hours",
+    [
+        ([3600.0] * 4, {"1": 4, "2": 2, "4": 1, "8": 1}),
+        ([7200.0, 3600, 3600], {"1": 4, "2": 2, "4": 2, "8": 2}),
+        ([3600.0, 3600, 7200], {"1": 4, "2": 3, "4": 2, "8": 2}),  # the long one comes last
+        ([], {"1": 0, "2": 0, "4": 0, "8": 0}),
+    ],
+)
+def test_hours_by_workers_are_those_of_taking_the_next_job_once_free(seconds, hours):
+    assert sweep.hours_by_workers(seconds) == hours
