@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
+import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -470,3 +473,65 @@ def test_the_readme_says_what_was_measured_of_masks_and_of_training_with_them(na
     section = (ROOT / "README.md").read_text(encoding="utf-8").split(benchmark.MARK)[1]
     assert section.strip() == benchmark.markdown(measured).strip()
     assert all(one["met"] for one in measured["targets"] if "(an aim)" not in one["what"])
+
+
+@pytest.fixture(scope="module")
+def sweep_demo():
+    return load("sweep_demo")
+
+
+def test_the_readme_says_what_the_sweep_of_360_rows_answered(sweep_demo):
+    found = json.loads((RESULTS / "sweep_demo.json").read_text(encoding="utf-8"))
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(sweep_demo.MARK)[1]
+    assert section.strip() == sweep_demo.markdown(found).strip()
+    assert found["coverage"]["rows"] == 360 and found["coverage"]["done"] == found["coverage"]["planned"] == 330
+    assert found["facts_failed"] == 0 and all(one["met"] for one in found["wanted"])
+
+
+def test_the_table_of_360_cells_is_the_one_that_was_summarised(sweep_demo):
+    with (RESULTS / sweep_demo.CELLS).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 360 and {row["all_facts_hold"] for row in rows} == {"true"}
+    found = json.loads((RESULTS / "sweep_demo.json").read_text(encoding="utf-8"))
+    for one in (one for one in found["answers"] if one["model"]):
+        dense = {
+            float(row["tuned"])
+            for row in rows
+            if (row["model"], row["task"], float(row["sparsity"])) == (one["model"], one["task"], 0.0)
+        }
+        assert dense == {one["dense"]["tuned"]}
+    page = (ROOT / "docs" / sweep_demo.PAGE).read_text(encoding="utf-8")
+    assert all((ROOT / "docs" / name).is_file() for name in re.findall(r"\]\((images/[^)]+)\)", page))
+
+
+def test_what_was_wanted_of_the_sweep_of_360_rows_can_fail(sweep_demo):
+    dense = {"tuned": 0.8, "tuned_low": 0.75, "tuned_high": 0.85}
+    better = {"difference": 0.1, "low": 0.05, "high": 0.15}
+    cell = {"model": "m", "task": "t", "chance": 0.5, "dense": dense, "masked_at": 0.9, "masked": {"a": 0.6}}
+    rows = [types.SimpleNamespace(status="finished", all_facts_hold=True)]
+
+    def met(**changes) -> list[bool]:
+        whole = {"model": None, "methods": changes.pop("methods", better), "modes": changes.pop("modes", better)}
+        found = changes.pop("rows", rows)
+        return [one["met"] for one in sweep_demo.wanted([cell | changes, whole], found)]
+
+    assert met() == [True] * 5
+    broken = [types.SimpleNamespace(status="finished", all_facts_hold=False)]
+    assert met(rows=broken) == [False, True, True, True, True]
+    assert met(rows=[types.SimpleNamespace(status="failed", all_facts_hold=None)])[0] is False
+    assert met(dense=dense | {"tuned": 0.98}) == [True, False, True, True, True]
+    assert met(dense=dense | {"tuned": 0.74}) == [True, False, True, True, True]
+    assert met(masked={"a": 0.6, "b": 0.3}) == [True, True, False, True, True]
+    assert met(methods=better | {"low": -0.01}) == [True, True, True, False, True]
+    assert met(modes=None) == [True, True, True, True, False]
+
+
+def test_the_sweep_s_share_of_the_time_is_taken_round_by_round():
+    sweep = load("sweep")
+    seconds = {sweep.SWEEP: [10.0, 20.0, 60.0], sweep.ALONE: [40.0, 40.0, 100.0], sweep.LIBRARIES: [40.0, 80.0, 180.0]}
+    found = sweep.summarise({"seconds": seconds, "overhead_shares": [0.05, 0.2, 0.08]})
+    assert [(one["seen"], one["met"]) for one in found["targets"]] == [
+        (0.25, True),  # of 0.25, 0.25, 0.33
+        (0.5, False),  # of 0.25, 0.5, 0.6
+        (0.08, True),
+    ]
