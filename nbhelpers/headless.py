@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from nbhelpers.runs import Run, read_run
 
 CELL_SECONDS = 3600
 RUN_TAG = "run"  # a notebook with a cell tagged so must leave a finished run
+SWEEP_TAG = "sweep"  # or finished jobs of a sweep
 KERNEL = "python3"
 PLACES = {"folder"}  # parameters that name a place, seen from where the command is given
 RESULT = "result.json"  # stands in the folder of a finished run
@@ -115,30 +116,35 @@ def run_notebooks(
 
 
 def _run_one(path: Path, values: Mapping[str, object], out: Path) -> dict:
-    runs = out / "runs"
-    before = {run.name: (run / RESULT).is_file() for run in _run_folders(runs)}
+    runs, tags = out / "runs", _tags(path)
+    before = {run: (run / RESULT).is_file() for run in _run_folders(runs, tags)}
     error = None
     try:
         execute(path, out / "notebooks" / path.name, values, runs)
     except NotebookFailed as failure:
         error = str(failure)
-    after = {run: (run / RESULT).is_file() for run in _run_folders(runs)}  # one that was gone on with counts as well
-    new = [read_run(run) for run, done in after.items() if run.name not in before or done > before[run.name]]
+    after = {run: (run / RESULT).is_file() for run in _run_folders(runs, tags)}  # one that was gone on with as well
+    new = [read_run(run) for run, done in after.items() if run not in before or done > before[run]]
     if error is None:
-        error = _unfinished(path, new)
+        error = _unfinished(path, tags, new)
     return {"name": path.stem, "title": title(path), "error": error, "runs": new}
 
 
-def _run_folders(runs: Path) -> list[Path]:
-    """The runs that notebooks made of their own; other folders hold what they looked at, such as example runs."""
-    return [run for run in sorted(runs.iterdir()) if (run / "manifest.json").is_file()] if runs.is_dir() else []
-
-
-def _unfinished(path: Path, runs: Sequence[Run]) -> str | None:
+def _tags(path: Path) -> set[str]:
     import nbformat
 
-    tags = [tag for cell in nbformat.read(path, 4).cells for tag in cell.metadata.get("tags", [])]
-    if RUN_TAG in tags and not any(run.result for run in runs):
+    return {tag for cell in nbformat.read(path, 4).cells for tag in cell.metadata.get("tags", [])}
+
+
+def _run_folders(runs: Path, tags: Collection[str]) -> list[Path]:
+    """The runs that notebooks made of their own, of one with a sweep also its jobs; other folders hold what they looked
+    at, such as example runs."""
+    inside = [*runs.glob("*/manifest.json"), *(runs.glob("*/runs/*/manifest.json") if SWEEP_TAG in tags else ())]
+    return sorted(manifest.parent for manifest in inside)
+
+
+def _unfinished(path: Path, tags: Collection[str], runs: Sequence[Run]) -> str | None:
+    if {RUN_TAG, SWEEP_TAG} & set(tags) and not any(run.result for run in runs):
         return f"{path.stem}: left no finished run"
     return next((f"{path.stem}: run {run.run_id} is {run.status}" for run in runs if not run.result), None)
 
@@ -212,10 +218,9 @@ def summary(entries: Sequence[dict], index: Path, archive: Path) -> str:
     for entry in entries:
         lines.append(entry["title"])
         lines += [f"  FAILED {entry['error']}"] if entry["error"] else []
-        for run in entry["runs"]:
-            checked = run.result["facts"] if run.result else []
-            lines.append(f"  {report.headline(run)}")
-            lines.append(f"  {sum(fact['ok'] for fact in checked)} of {len(checked)} checked facts hold")
+        checked = [fact for run in entry["runs"] for fact in (run.result["facts"] if run.result else [])]
+        lines += [f"  {report.headline(run)}" for run in entry["runs"]]
+        lines += [f"  {sum(fact['ok'] for fact in checked)} of {len(checked)} checked facts hold"] * bool(entry["runs"])
         if not entry["runs"] and not entry["error"]:
             lines.append(f"  ran to its end and made no run of its own: see notebooks/{entry['name']}.ipynb")
     return "\n".join([*lines, "", f"index    {index}", f"archive  {archive}"])

@@ -18,6 +18,7 @@ from nbhelpers.stats import digits
 
 if TYPE_CHECKING:
     from nbhelpers.overview import Overview
+    from nbhelpers.plots import Figure
 
 runtime.let_threads_sleep()  # here, because a notebook imports this module before torch
 RUNS_VARIABLE = "NBHELPERS_RUNS"  # set by the headless runner
@@ -103,6 +104,12 @@ def show(figure) -> None:
     display(Image(plots.png(figure), width=int(width * 100)))
 
 
+def show_all(figures: Mapping[str, Figure]) -> None:
+    """Display figures one below the other."""
+    for figure in figures.values():
+        show(figure)
+
+
 def draw(overview: Overview, name: str) -> None:
     """Display one figure of many runs, one a model, and print what each holds; or why it cannot be drawn."""
     from nbhelpers.analysis_plots import holds
@@ -119,8 +126,11 @@ def draw(overview: Overview, name: str) -> None:
 
 def stage_table(result: Mapping) -> str:
     """What is the same on every machine: perplexity without training to 3 digits, and the decisions after training."""
-    lines = [f"{'test perplexity with all heads':<42} {digits(result['baseline']['perplexity'])}"]
-    closed = f"{len(result['pruned_heads'])} of {result['total_heads']} heads closed"
+    whole, closed = "test perplexity before", result.get("went")
+    if closed is None:
+        whole = "test perplexity with all heads"
+        closed = f"{len(result['pruned_heads'])} of {result['total_heads']} heads closed"
+    lines = [f"{whole:<42} {digits(result['baseline']['perplexity'])}"]
     lines.append(f"{f'with {closed}':<42} {digits(result['pruned']['perplexity'])}")
     if result["fine_tuned"]:
         lines.append(f"{'fine-tuning lowered it':<42} {_below(result, 'fine_tuned', 'pruned')}")
@@ -133,6 +143,9 @@ def stage_table(result: Mapping) -> str:
 def fine_tuning_table(result: Mapping) -> str:
     """What is the same on every machine: perplexity before training to 3 digits, and the decisions after it."""
     lines = [f"{'test perplexity before':<42} {digits(result['baseline']['perplexity'])}"]
+    if result.get("masked"):
+        gone = f"with {result['mask']['masked']:,} of {result['mask']['numbers']:,} weights masked"
+        lines.append(f"{gone:<42} {digits(result['masked']['perplexity'])}")
     lines.append(f"{'fine-tuning lowered it':<42} {_below(result, 'fine_tuned', 'baseline')}")
     lines.append(f"{'by more than half':<42} {result['improvement_percent'] > 50}")
     if result["control"]:
@@ -183,6 +196,18 @@ def removal(result: Mapping) -> str:
         f"{result['bytes_after']:,} bytes instead of {result['bytes_before']:,}, "
         f"{speed:.2f} times as many tokens a second here. The saved model loads with {result['loads_with']}."
     )
+
+
+def what_went(result: Mapping) -> str:
+    """What was pruned, a line a layer: heads by number, weights and channels by how many."""
+    if result.get("mask"):
+        layers = [f"{one['name']}: {one['gone']:,} of {one['numbers']:,}" for one in result["mask"]["per_layer"]]
+        share = f"the mask reaches {result['mask']['coverage']:.1%} of all parameters"
+        return "\n".join([result["went"], share, *result["mask"]["covered"], *layers])
+    if result.get("channels"):
+        found = result["channels"]
+        return f"{result['went']}\nevery layer keeps {found['after']} of {found['before']}"
+    return closed_heads(result)
 
 
 def closed_heads(result: Mapping) -> str:

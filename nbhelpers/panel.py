@@ -138,6 +138,16 @@ class Panel:
         """The same run said elsewhere."""
         return {}
 
+    def says(self, now: Mapping[str, Any], done: int | None, total: int | None) -> str:
+        """The status line of one report."""
+        text = now["stage"].replace("_", " ") + (f": {now['at']}".replace("_", " ") if "at" in now else "")
+        return text + (f", {done} of {total}" if total else "")
+
+    def how_far(self) -> tuple[float, float | None]:
+        """(share that is done, seconds left or None where that is not known yet) of the run that goes on."""
+        table = self._timetable
+        return (table.fraction, table.seconds_left) if table else (0.0, None)
+
     def settled(self) -> None:
         """A run has ended, whichever way."""
 
@@ -209,13 +219,13 @@ class Panel:
     def below_form(self) -> list:
         return []
 
-    def show(self) -> None:
-        """Display the panel; where no front end is, its text says so."""
+    def show(self, around: ipywidgets.Widget | None = None) -> None:
+        """Display the panel, or what is `around` it; where no front end is, its text says so."""
         from IPython.display import display
 
         if not self.live:
             return
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
+        view = {"version_major": 2, "version_minor": 0, "model_id": (around or self.box).model_id}
         text = "the panel: it needs a running kernel, so run the cells to see it"
         display({"application/vnd.jupyter.widget-view+json": view, "text/plain": text}, raw=True)
 
@@ -385,8 +395,7 @@ class Panel:
     def _hear(self, now: dict) -> None:
         stage = now["stage"]
         done, total = now.get("done", now.get("step")), now.get("total", now.get("steps"))
-        self._says = stage.replace("_", " ") + (f": {now['at']}".replace("_", " ") if "at" in now else "")
-        self._says += f", {done} of {total}" if total else ""
+        self._says = self.says(now, done, total)
         if self._timetable is not None:
             self._timetable.hear(now.get("at", stage), done, total)
         self.hear(now)
@@ -409,13 +418,12 @@ class Panel:
                 self.show_error(error)
 
     def _show_progress(self) -> None:
-        table = self._timetable
-        left = table.seconds_left if table else None
+        fraction, left = self.how_far()
         text = f"about {durations.in_words(left)} left" if left is not None else ""
         if self.state == "running":
             hint = " (stop it with the notebook's ■ button)" if self._in_cell else ""
             self._say("running", self._says + hint)
-        self.progress.value = BAR.render(percent=f"{100 * table.fraction:.1f}", text=text)
+        self.progress.value = BAR.render(percent=f"{100 * fraction:.1f}", text=text)
         self.gauge.value = memory_bar()
 
     def _draw(self) -> None:
