@@ -36,7 +36,7 @@ STRATEGY_COLORS = {
     "wanda": "#44AA99",
 }
 _MARKS = dict(zip(STRATEGY_COLORS, "ovs^DPX", strict=True))
-_OTHERS = ("#117733", "#AA4499", "#661100", "#6699CC", "#888888")
+_OTHERS = ("#117733", "#661100", "#6699CC", "#888888")
 _STYLES = ("-", "--", ":", "-.")
 _STAGES = ("baseline", "pruned", "fine_tuned")
 _ASIDE = {"seed", "level", "strategy", "kind", "device", *NOT_DECIDING}

@@ -1,4 +1,4 @@
-"""What do the commands around training do? `finetune`."""
+"""What do the commands around training do? `finetune` and `prune-weights`."""
 
 from __future__ import annotations
 
@@ -34,15 +34,45 @@ def finetune() -> Callable:
     return with_options(command, [*options_of(FineTuningConfig), *own])
 
 
+def prune_weights() -> Callable:
+    from nbhelpers.weight_pruning import WeightPruningConfig, WeightPruningExperiment
+
+    def command(out: Path | None, json: bool, **options) -> None:
+        def work() -> dict:
+            result = WeightPruningExperiment.run(WeightPruningConfig(**options), run_dir=out, progress=Progress())
+            if not result["all_facts_hold"]:
+                raise Violation(result)
+            return result
+
+        carry_out(work, show_weight_pruning, json)
+
+    out = keyword("out", Annotated[Path | None, typer.Option(help="run directory; None = a new one under runs/")], None)
+    return with_options(command, [*options_of(WeightPruningConfig), out, keyword("json", Json, False)])
+
+
+def show_weight_pruning(result: dict) -> str:
+    """The run for people: a line a stage, the verdict, what went and what that gave, the facts, where it lies."""
+    from nbhelpers.facts import Fact
+
+    lines = [*stage_lines(result), "", result["verdict"], f"{result['went']}. {result['gain']}"]
+    if result["text"]["generated"]:
+        lines.append("All of this on text that this project generated itself.")
+    lines += ["", *(Fact(**fact).line() for fact in result["facts"])]
+    return "\n".join([*lines, "", f"run    {result['run_dir']}", f"model  {result['model_dir']}"])
+
+
+def stage_lines(result: dict) -> list[str]:
+    """A table of the stages that the run has."""
+    stages = [stage for stage in ("baseline", "pruned", "masked", "fine_tuned", "control") if result.get(stage)]
+    rows = [f"{stage:<12} {result[stage]['perplexity']:>10.4g}" for stage in stages]
+    return [f"{'stage':<12} {'perplexity':>10}", *rows]
+
+
 def show_fine_tuning(result: dict) -> str:
     """The run for people: a line a stage, the verdict, what it took, the facts, where it lies."""
     from nbhelpers.facts import Fact
 
-    lines = [f"{'stage':<12} {'perplexity':>10}"]
-    for stage in ("baseline", "fine_tuned", "control"):
-        if result[stage]:
-            lines.append(f"{stage:<12} {result[stage]['perplexity']:>10.4g}")
-    lines += ["", result["verdict"]]
+    lines = [*stage_lines(result), "", result["verdict"]]
     if result["text"]["generated"]:
         lines.append("All of this on text that this project generated itself.")
     lines.append(

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from nbhelpers import data, estimates, heads, models, runtime, tasks
+from nbhelpers import data, estimates, heads, importance, models, runtime, tasks
 from nbhelpers.architecture import geometry
 from nbhelpers.experiments import PruningConfig
 from nbhelpers.fine_tuning import FineTuningConfig
 from nbhelpers.runs import Run, read_run
 from nbhelpers.sparsity import SparsityConfig
 from nbhelpers.stages import VALIDATION_WINDOWS, check_window
+from nbhelpers.weight_pruning import WeightPruningConfig
 
 BACKWARD = 2  # a backward pass takes about as many operations as two forward passes
 OPERATIONS_A_LAYER = 30  # kernels that a decoder layer starts in a forward pass: what bounds a tiny model
@@ -30,7 +31,8 @@ ROW_TOKENS = 512  # read by one pass of small models
 TOGETHER = 32  # texts written at a time
 FEW = 50  # rows whose length stands for all
 LOADING_BYTES_PER_SECOND = 5e8  # from a warm disk
-KINDS = {PruningConfig: "pruning", FineTuningConfig: "fine_tuning"}  # config class -> kind of its runs
+# config class -> kind of its runs
+KINDS = {PruningConfig: "pruning", FineTuningConfig: "fine_tuning", WeightPruningConfig: "weight_pruning"}
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,19 @@ def phases(config: PruningConfig | FineTuningConfig) -> dict[str, float]:
     return fine_tuning_phases(config) if isinstance(config, FineTuningConfig) else pruning_phases(config)
 
 
-def pruning_phases(config: PruningConfig) -> dict[str, float]:
+def pruning_phases(config: PruningConfig | WeightPruningConfig) -> dict[str, float]:
     """Seconds of each phase of a pruning run, in order: a start to plan from. LookupError as of `_Pace`."""
     pace = _Pace(config, config.model, config.text)
-    scoring = _scoring(config, pace.passes, geometry(pace.model).total)
+    name = "scoring heads"
+    if isinstance(config, WeightPruningConfig):
+        name = "masking" if config.what == "weights" else "scoring channels"
+        looks = config.masks is None and importance.needs_data(config.importance)
+        scoring = pace.passes(config.calibration_rows, BACKWARD) if looks else 0.0
+    else:
+        scoring = _scoring(config, pace.passes, geometry(pace.model).total)
     steps = config.steps * pace.passes(config.batch_size, BACKWARD)
     training = steps + pace.passes(5 * VALIDATION_WINDOWS) if config.steps else 0.0
-    phases = {"loading": pace.loading, "baseline": pace.measured, "scoring heads": scoring, "pruned": pace.measured}
+    phases = {"loading": pace.loading, "baseline": pace.measured, name: scoring, "pruned": pace.measured}
     if config.steps:
         phases |= {"training fine_tuned": training, "fine_tuned": pace.measured}
     phases["saving"] = pace.saving
@@ -121,6 +129,7 @@ def fine_tuning_phases(config: FineTuningConfig, done: int = 0) -> dict[str, flo
     """
     pace = _Pace(config, config.model, config.data)
     phases = {"loading": pace.loading, "baseline": pace.measured}
+    phases |= {"masked": pace.measured} if config.is_masked else {}
     phases |= {"training fine_tuned": _training(config, pace, config.steps - done), "fine_tuned": pace.measured}
     phases["saving"] = pace.saving
     if config.control is not None:

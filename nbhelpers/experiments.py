@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from nbhelpers import compact, data, evaluate, facts, heads, memory, models, records, runtime, training
-from nbhelpers.architecture import Geometry, architecture, geometry
+from nbhelpers.architecture import architecture, geometry
 from nbhelpers.heads import STRATEGIES
 from nbhelpers.registry import unknown
 from nbhelpers.stages import FACT_ROWS, StagedExperiment, check_window, sample_rows, shown
@@ -97,6 +97,8 @@ def from_preset(preset: str, **values: Any) -> PruningConfig:
 class PruningExperiment(StagedExperiment):
     """`PruningExperiment.run(config)` does the whole job and returns what result.json holds."""
 
+    kind = "pruning"
+
     def __init__(self, config: PruningConfig, tracker: ExperimentTracker, progress, should_stop) -> None:
         super().__init__(config, tracker, progress, should_stop)
         self.removal = dict.fromkeys(REMOVAL_KEYS)
@@ -118,7 +120,7 @@ class PruningExperiment(StagedExperiment):
         tracking.Interrupted after should_stop, tracking.Diverged where training does not stay finite.
         """
         plan = cls._check(config)
-        record = ExperimentConfig(kind="pruning", **config.model_dump())
+        record = ExperimentConfig(kind=cls.kind, **config.model_dump())
         with ExperimentTracker(record, root, run_dir=run_dir, command=command) as tracker:
             experiment = cls(config, tracker, progress, should_stop)
             result = experiment._run(*plan)
@@ -154,11 +156,11 @@ class PruningExperiment(StagedExperiment):
             text=corpus.sha256,
         )
         count = models.parameters(model)
-        selection, tuned, model_dir = self._pruned_model(model)
+        pruned, tuned, model_dir = self._pruned_model(model)
         control = self._control() if config.control and config.steps else None
         if tuned and control:
             self.facts.append(facts.same_budget(tuned, control))
-        return self._result(corpus, window, count, geometry(model.config), selection, tuned, model_dir)
+        return self._result(corpus, window, count, model.config, pruned, tuned, model_dir)
 
     def _fresh(self):
         return self._load(self.config.model, trained=self.config.method if self.config.steps else None).model
@@ -234,7 +236,7 @@ class PruningExperiment(StagedExperiment):
             self._stage("control", model)
         return control
 
-    def _fine_tune(self, model, stage: str) -> training.TrainingResult:
+    def _fine_tune(self, model, stage: str, sparse: tuple | None = None) -> training.TrainingResult:
         config = self.config
         settings = training.TrainingConfig(
             method=config.method,
@@ -244,10 +246,10 @@ class PruningExperiment(StagedExperiment):
             eval_every=max(1, config.steps // 4),
             seed=config.seed,
         )
-        return self._train(model, stage, settings)
+        return self._train(model, stage, settings, sparse=sparse)
 
-    def _result(self, corpus, window, count, geo: Geometry, selection, tuned, model_dir) -> dict:
-        config = self.config
+    def _result(self, corpus, window, count, model_config, selection, tuned, model_dir) -> dict:
+        config, geo = self.config, geometry(model_config)
         by_stage = {row["stage"]: row for row in self.stages}
         perplexities = {stage: row["perplexity"] for stage, row in by_stage.items()}
         rounds = self.tracker.run_dir / "artefacts" / "selection.json"
@@ -293,10 +295,10 @@ def outcome(perplexity: Mapping[str, float]) -> dict[str, float | None]:
     return {"improvement_percent": None if tuned is None else (base - tuned) / base * 100}
 
 
-def verdict(perplexity: Mapping[str, float]) -> str:
+def verdict(perplexity: Mapping[str, float], what: str = "Closing the heads") -> str:
     """One sentence with both perplexities, and whether pruning and fine-tuning beats fine-tuning alone."""
     base, pruned, tuned = perplexity["baseline"], perplexity["pruned"], perplexity.get("fine_tuned")
-    text = f"Closing the heads took perplexity from {digits(base)} to {digits(pruned)}"
+    text = f"{what} took perplexity from {digits(base)} to {digits(pruned)}"
     if tuned is None:
         return text + "; not fine-tuned."
     ((name, value),) = outcome(perplexity).items()

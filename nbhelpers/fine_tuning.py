@@ -1,7 +1,7 @@
 """What does fine-tuning bring? One run: baseline -> fine-tuned -> saved and loaded again, resumed after a kill.
 
-Any model that loads here, pruned ones included: their closed heads stay closed. Beside it, if asked, another model (the
-unpruned one, say) with the same budget.
+Any model that loads here, pruned ones included: their closed heads stay closed. With a mask: baseline -> masked ->
+fine-tuned, with its zeros kept. Beside it, if asked, another model (the unpruned one, say) with the same budget.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from nbhelpers import (
     estimates,
     facts,
     instructions,
+    mask_choice,
+    mask_sets,
+    masked_training,
+    masks,
     memory,
     models,
     ranks,
@@ -29,12 +33,14 @@ from nbhelpers import (
 )
 from nbhelpers.architecture import is_supported
 from nbhelpers.registry import unknown
-from nbhelpers.stages import FACT_ROWS, VALIDATION_WINDOWS, StagedExperiment, check_window, shown
+from nbhelpers.stages import FACT_ROWS, VALIDATION_WINDOWS, StagedExperiment, check_window, sample_rows, shown
 from nbhelpers.stats import digits
 from nbhelpers.strict import StrictConfig
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
 
-JOBS = {"full": "full_finetuning", "lora": "lora", "qlora": "qlora"}  # method -> what estimates calls it
+# method -> what estimates calls it
+JOBS = {"full": "full_finetuning", "lora": "lora", "qlora": "qlora", "sparse_lora": "lora"}
+SPARSITY = 0.5  # of sparse_lora where none is named
 
 
 class FineTuningConfig(StrictConfig):
@@ -47,12 +53,14 @@ class FineTuningConfig(StrictConfig):
         description="bundled, bundled-instructions, a .txt or .jsonl file (text, or prompt and completion), hub, "
         "or a task: task:boolq (hub), task:boolq:bundled, task:boolq:FILE",
     )
-    method: Literal["full", "lora", "qlora"] = Field(
-        "full", description="train all weights, low-rank adapters, or adapters on the model in 4 bits"
+    method: Literal["full", "lora", "qlora", "sparse_lora"] = Field(
+        "full",
+        description="train all weights, low-rank adapters, adapters on the model in 4 bits, or adapters that keep a "
+        "masked model masked",
     )
     steps: int = Field(100, ge=1, le=10_000_000, description="optimizer steps")
     learning_rate: float | None = Field(
-        None, gt=0, le=1, description="peak learning rate; None = 5e-5 full, 2e-4 lora and qlora"
+        None, gt=0, le=1, description="peak learning rate; None = 5e-5 full, 2e-4 lora, qlora and sparse_lora"
     )
     batch_size: int = Field(8, ge=1, le=65_536, description="windows per optimizer step (effective batch)")
     micro_batch_size: int | None = Field(
@@ -61,8 +69,24 @@ class FineTuningConfig(StrictConfig):
     packing: bool = Field(
         True, description="short rows share a window without seeing each other: the same loss, faster"
     )
-    lora_rank: int = Field(8, ge=1, le=1024, description="rank of the adapters (lora, qlora)")
-    lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank (lora, qlora)")
+    lora_rank: int = Field(8, ge=1, le=1024, description="rank of the adapters (not for full)")
+    lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank (not for full)")
+    sparsity: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description=f"sparse_lora and full: share of the projections' weights that go, 0-1; None = {SPARSITY:g} for "
+        "sparse_lora, none for full; of a mask file: which of its sparsities",
+    )
+    pattern: mask_choice.Pattern = "unstructured"
+    importance: mask_choice.Importance = "magnitude"
+    scope: mask_choice.Scope = "layer"
+    dimension: mask_choice.Dimension = "outputs"
+    mode: mask_choice.Mode = "sparse_to_sparse"
+    masks: str | None = Field(
+        None, description="mask file, or the folder of masks create, in place of pattern, importance and scope"
+    )
+    calibration_rows: mask_choice.CalibrationRows = 64
     gradient_checkpointing: bool = Field(False, description="compute activations twice to need less memory")
     validations: int = Field(4, ge=1, description="how often the validation text is measured, spread over the steps")
     early_stopping_patience: int | None = Field(
@@ -85,15 +109,34 @@ class FineTuningConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> FineTuningConfig:
+        mask_choice.check_fields(self)
+        if self.method == "sparse_lora" and not self.is_masked:
+            raise ValueError("method 'sparse_lora' needs a mask: sparsity must be above 0, got 0; or use 'lora'")
+        if self.is_masked and self.method not in ("full", "sparse_lora"):
+            raise ValueError(f"a mask is for methods 'sparse_lora' and 'full', got {self.method!r}: drop the mask")
         self.training()
         return self
+
+    @property
+    def share(self) -> float | None:
+        """The sparsity as it is meant: what None stands for depends on the method, and on whether a file is named."""
+        left_open = self.sparsity is None and self.method == "sparse_lora" and self.masks is None
+        return SPARSITY if left_open else self.sparsity
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether weights go before training."""
+        return self.masks is not None or bool(self.share)
 
     def training(self) -> training.TrainingConfig:
         """The same as the trainer takes it."""
         same = ("method", "steps", "learning_rate", "batch_size", "micro_batch_size", "packing", "lora_rank")
         same += ("lora_alpha", "gradient_checkpointing", "early_stopping_patience", "checkpoint_every", "seed")
         every = max(1, self.steps // self.validations)
-        return training.TrainingConfig(eval_every=every, **{name: getattr(self, name) for name in same})
+        values = {name: getattr(self, name) for name in same}
+        if self.method == "sparse_lora":
+            values["method"] = "lora"
+        return training.TrainingConfig(eval_every=every, **values)
 
 
 # What fits where: values for the fields that are left open. Every one of them fixes the amount of work.
@@ -193,7 +236,15 @@ class FineTuningExperiment(StagedExperiment):
             )
             closed = attention.closed_heads(model) if is_supported(model) else []
             self._stage("baseline", model)
-            tuned = self._train(model, "fine_tuned", config.training(), resume=True, samples=config.samples)
+            choice = self._mask(model) if config.is_masked else None
+            sparse = None if choice is None else (choice.mask, config.mode)
+            tuned = self._train(
+                model, "fine_tuned", config.training(), resume=True, samples=config.samples, sparse=sparse
+            )
+        if choice is not None:
+            self.facts += masked_training.proofs(tuned, config.mode)
+            if config.mode == "sparse_to_sparse":
+                self.facts.append(mask_choice.holds(model, choice.mask, "fine_tuned"))
         last = self._stage("fine_tuned", model)
         if closed:
             few = self.test[:FACT_ROWS]
@@ -205,7 +256,17 @@ class FineTuningExperiment(StagedExperiment):
                 control = self._train(other, "control", config.training(), resume=True)
                 self._stage("control", other)
             self.facts.append(facts.same_budget(tuned, control))
-        return self._result(corpus, window, tuned, used, parameters, model_dir)
+        return self._result(corpus, window, tuned, used, parameters, model_dir, choice)
+
+    def _mask(self, model) -> mask_choice.Choice:
+        """Choose the mask, set its weights to zero, and measure what that did."""
+        self._tell("masking")
+        choice = choose_mask(model, self.config, self.train, self.tracker.run_dir, self.should_stop)
+        masks.apply(model, choice.mask)
+        self.tracker.set_fingerprints(mask=choice.sha256)
+        self.facts += [*choice.facts, mask_choice.holds(model, choice.mask, "masked")]
+        self._stage("masked", model)
+        return choice
 
     def _follow(self, tokenizer, corpus: data.Corpus, window: int, rows: dict[str, list[dict]]) -> dict:
         """What a process beside the first one does: train along."""
@@ -215,6 +276,10 @@ class FineTuningExperiment(StagedExperiment):
         for name, stage in ((self.config.model, "fine_tuned"), (self.config.control, "control")):
             if name is not None:
                 with memory.loaded(lambda name=name: self._load(name, trained=self.config.method).model) as model:
+                    sparse = None
+                    if stage == "fine_tuned" and self.config.is_masked:
+                        found = choose_mask(model, self.config, rows["train"], artefacts.parent, self.should_stop)
+                        sparse = (found.mask, self.config.mode)
                     training.fine_tune(
                         model,
                         rows["train"],
@@ -222,6 +287,7 @@ class FineTuningExperiment(StagedExperiment):
                         self.config.training(),
                         output_dir=artefacts / stage,
                         resume=True,
+                        sparse=sparse,
                     )
         return {}
 
@@ -240,7 +306,7 @@ class FineTuningExperiment(StagedExperiment):
         )
         return model_dir
 
-    def _result(self, corpus, window, tuned, used: memory.MemoryMark, parameters: int, model_dir: Path) -> dict:
+    def _result(self, corpus, window, tuned, used: memory.MemoryMark, parameters: int, model_dir: Path, choice) -> dict:
         config = self.config
         by_stage = {row["stage"]: row for row in self.stages}
         perplexities = {stage: row["perplexity"] for stage, row in by_stage.items()}
@@ -249,10 +315,13 @@ class FineTuningExperiment(StagedExperiment):
             "model": config.model,
             "method": config.method,
             "baseline": shown(by_stage["baseline"]),
+            "masked": shown(by_stage.get("masked")),
             "fine_tuned": shown(by_stage["fine_tuned"]),
             "control": shown(by_stage.get("control")),
             "improvement_percent": improvement(perplexities),
             "verdict": verdict(perplexities, config.control, kept_start=tuned.weights_step == 0),
+            "mask": None if choice is None else dict(choice.record) | {"mode": config.mode},
+            "merge": None if not tuned.merged else {k: v for k, v in tuned.merged.items() if k != "facts"},
             "parameters": parameters,
             "trainable_parameters": tuned.trainable_parameters,
             "tokens_per_second": tuned.tokens_per_second,
@@ -272,6 +341,13 @@ class FineTuningExperiment(StagedExperiment):
             **self._told(corpus, window),
             "model_dir": str(model_dir),
         }
+
+
+def choose_mask(model, config: FineTuningConfig, train: list[dict], run_dir: Path, should_stop) -> mask_choice.Choice:
+    """The mask that the config asks for, of a file or by importance; sets of masks are kept beside the runs."""
+    rows = sample_rows(train, config.calibration_rows, config.seed)
+    folder = run_dir.parent / mask_sets.FOLDER
+    return mask_choice.choose(model, config, config.share, rows, folder=folder, should_stop=should_stop)
 
 
 def required_memory(config: FineTuningConfig) -> estimates.Requirement:
@@ -305,11 +381,13 @@ def verdict(perplexity: Mapping[str, float], control: str | None, *, kept_start:
     kept_start: no validation was better than the one before the first step, so the model is the untrained one.
     """
     base, tuned = perplexity["baseline"], perplexity["fine_tuned"]
-    text = f"Fine-tuning did not get below the validation loss of the start, whose weights were kept ({digits(base)})."
-    if not kept_start:
-        text = (
-            f"Fine-tuning took perplexity from {digits(base)} to {digits(tuned)} ({-improvement(perplexity):+.1f} %)."
-        )
+    text = f"Fine-tuning took perplexity from {digits(base)} to {digits(tuned)} ({-improvement(perplexity):+.1f} %)."
+    if "masked" in perplexity:
+        text = f"Masking took perplexity from {digits(base)} to {digits(perplexity['masked'])}; fine-tuning took it to "
+        text += f"{digits(tuned)} ({-improvement(perplexity):+.1f} % of the baseline)."
+    elif kept_start:
+        text = "Fine-tuning did not get below the validation loss of the start, whose weights were kept "
+        text += f"({digits(base)})."
     if "control" not in perplexity:
         return text
     beats = "better than" if tuned < perplexity["control"] else "not better than"

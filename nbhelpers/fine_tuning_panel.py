@@ -20,6 +20,7 @@ from nbhelpers import (
     equivalents,
     estimates,
     instructions,
+    mask_sets,
     memory,
     models,
     notebook,
@@ -43,6 +44,9 @@ WORDS = {
     "full fine-tuning": "All weights are trained. Needs 16 bytes a parameter: weight, gradient, two moments of AdamW.",
     "LoRA": "Low-rank adaptation: the weights stay; small matrices beside them are trained and merged in at the end.",
     "QLoRA": "LoRA beside weights that are kept in 4 bits: the least memory, a little slower.",
+    "sparse LoRA": "A share of the weights is masked to zero first; LoRA then learns only where the mask lets it, so "
+    "that merging keeps every zero. Zeros alone make nothing faster or smaller.",
+    "mode": "sparse to sparse keeps the zeros; sparse to dense only begins with them, and fills them again.",
     "effective batch": "Windows that make up one optimizer step, in as many passes as fit into memory.",
     "gradient checkpointing": "Activations are computed twice instead of kept: less memory, about a third more time.",
     "validation": "Text that is neither trained nor tested on; its best state is the one that is kept.",
@@ -84,9 +88,10 @@ class FineTuningPanel(StagedPanel):
     notebook_name = "02_fine_tuning"
     command, text_field = "finetune", "data"
     experiment, presets, from_preset = FineTuningExperiment, PRESETS, staticmethod(from_preset)
-    stages, words = ("baseline", "fine_tuned", "control"), WORDS
-    main = ("model", "data", "method", "steps", "learning_rate", "batch_size", "control", "checkpoint_every", "seed")
-    parameters = main
+    stages, words = ("baseline", "masked", "fine_tuned", "control"), WORDS
+    main = ("model", "data", "method", "sparsity", "steps", "learning_rate", "batch_size", "control")
+    main += ("checkpoint_every", "seed")
+    parameters = (*main, "importance", "mode")
     open_fields = ("model", "data", "control")
 
     def __init__(
@@ -124,7 +129,8 @@ class FineTuningPanel(StagedPanel):
     def choices(self) -> dict[str, list[str]]:
         offered = super().choices()
         bundled = [f"{tasks.SOURCE}{name}:{tasks.BUNDLED}" for name in sorted(tasks.TASKS)]
-        return offered | {"data": [instructions.BUNDLED, *bundled, *TEXTS], "control": offered["model"]}
+        offered |= {"data": [instructions.BUNDLED, *bundled, *TEXTS], "control": offered["model"]}
+        return offered | {"importance": list(mask_sets.IMPORTANCES)}
 
     def above_form(self) -> list:
         return [self.choice_box]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ def pruning() -> JobKind:
         similar=lambda config: [config[name] for name in ("model", "strategy", "iterative", "steps", "control")],
         estimate=_pruning_seconds,
         columns=pruning_columns,
+        reads=lambda config: _corpus_read(config.text),
         heard=_heard_validation,
         seen=_seen_validations,
     )
@@ -45,10 +45,12 @@ def fine_tuning() -> JobKind:
             "model": _model_files(config.model),
             "control": config.control and _model_files(config.control),
             "data": _text_file(config.data),
+            **({"masks": _mask_files(config.masks)} if config.masks else {}),
         },
         similar=lambda config: [config[name] for name in COSTS],
         estimate=_fine_tuning_seconds,
         columns=fine_tuning_columns,
+        reads=lambda config: _corpus_read(config.data),
         resumes=True,
         heard=_heard_validation,
         seen=_seen_validations,
@@ -74,6 +76,7 @@ def evaluation() -> JobKind:
         },
         similar=lambda config: [config[name] for name in ("model", "task", "data", "shots", "limit", "quantization")],
         columns=evaluation_columns,
+        reads=_evaluation_reads,
         resumes=True,
     )
 
@@ -92,7 +95,7 @@ def evaluation_columns(result: Mapping[str, Any]) -> dict[str, Any]:
 def sparsity() -> JobKind:
     """Mask, LoRA, merge, evaluation: sparsity.SparsityExperiment. A job that was killed is masked again, alike, and
     goes on from its newest checkpoint."""
-    from nbhelpers import mask_sets, shared_models
+    from nbhelpers import mask_sets, shared_models, sparsity_price
     from nbhelpers.sparsity import SparsityConfig, SparsityExperiment
 
     def close() -> None:
@@ -114,7 +117,8 @@ def sparsity() -> JobKind:
         estimate=_sparsity_seconds,
         early=lambda config: EARLY.get(config["sparsity"], len(EARLY)),
         shares=lambda config: config["model"],
-        price=sparsity_price,
+        price=sparsity_price.price,
+        reads=_sparsity_reads,
         close=close,
         heard=_heard_validation,
         seen=_seen_validations,
@@ -143,44 +147,6 @@ def _resolved_sparsity(config) -> dict[str, Any]:
     return values
 
 
-def sparsity_price(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a plan does in all, carried out by one process in this order: trainings, evaluations (answers before tuning
-    are kept), loads (one model is held), scorings, and the bytes of models from the hub (None: not known before)."""
-    from nbhelpers import catalogue, importance
-
-    masked = [config for config in configs if config["sparsity"]]
-    asked = ("model", "task", "data", "limit", "shots", "dtype")
-    how = ("pattern", "importance", "scope", "dimension", "seed")
-    looks = {name: importance.needs_data(name) for name in {config["importance"] for config in masked}}
-    dense = _distinct(configs, asked)
-    masked_alone = _distinct(masked, (*asked, *how, "sparsity"))
-    scored = set()
-    for config in masked:
-        seeded = looks[config["importance"]] or config["importance"] == "random"
-        same = [config[name] for name in how if name != "seed" or seeded]
-        scored.add((config["model"], *same, looks[config["importance"]] and config["task"]))
-    loads = sum(one["model"] != before["model"] for before, one in itertools.pairwise(configs)) + bool(configs)
-    trainings = sum(config["tuning"] == "lora" for config in configs)
-    downloads = {}
-    for name in sorted({config["model"] for config in configs}):
-        if "/" in name and not Path(name).expanduser().exists():
-            try:
-                downloads[name] = catalogue.entry(name).download_bytes
-            except LookupError:
-                downloads[name] = None
-    return {
-        "trainings": trainings,
-        "evaluations": trainings + len(dense) + len(masked_alone),
-        "loads": loads,
-        "scorings": len(scored),
-        "downloads": downloads,
-    }
-
-
-def _distinct(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> set[tuple]:
-    return {tuple(config[name] for name in names) for config in configs}
-
-
 def sparsity_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of one run: the task's measure as it is, masked and tuned, its interval, and what was proved."""
     metric, merge, mask = result.get("metric"), result.get("merge") or {}, result.get("mask") or {}
@@ -190,6 +156,8 @@ def sparsity_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     tuned = result.get("tuned") or {}
     interval = tuned.get(f"{metric}_interval") or {}
     found |= {"tuned_low": interval.get("low"), "tuned_high": interval.get("high"), "n": tuned.get("n")}
+    masked = (result.get("masked") or {}).get(f"{metric}_interval") or {}
+    found |= {"masked_low": masked.get("low"), "masked_high": masked.get("high")}
     found |= {name: (result.get("protocol") or {}).get(name) for name in ("generated", "dtype", "device")}
     found |= {"mask_sha256": mask.get("sha256"), "measured_sparsity": mask.get("sparsity")}
     found |= {f"merge_{name}": merge.get(name) for name in ("difference", "violations", "withheld")}
@@ -204,13 +172,21 @@ COSTS = ("model", "data", "method", "steps", "batch_size", "window", "control", 
 def _resolved_fine_tuning(config) -> dict[str, Any]:
     """The config without its name, how it is split into passes and how often it is kept, and with one value where
     several mean the same computation."""
+    from nbhelpers import mask_choice
     from nbhelpers.training import LEARNING_RATES
 
     values = config.model_dump(exclude={"name", "micro_batch_size", "checkpoint_every", "validations"})
-    values["learning_rate"] = config.learning_rate or LEARNING_RATES[config.method]
+    values["learning_rate"] = config.learning_rate or LEARNING_RATES[config.training().method]
     values["eval_every"] = config.training().eval_every
     if config.method == "full":
         values |= dict.fromkeys(("lora_rank", "lora_alpha"))
+    for name in (*mask_choice.FIELDS, "mode", "masks"):
+        if not config.is_masked:  # a job without a mask is what it was before there were masks
+            values.pop(name)
+        elif config.masks is not None and name in mask_choice.FIELDS and name != "sparsity":
+            values[name] = None
+    if config.is_masked:
+        values["sparsity"] = config.share
     return values
 
 
@@ -225,7 +201,7 @@ def _fine_tuning_seconds(config) -> float | None:
 
 def fine_tuning_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of one fine-tuning run; None where a stage was not run."""
-    stages = ("baseline", "fine_tuned", "control")
+    stages = ("baseline", "masked", "fine_tuned", "control")
     found = {f"{stage}_perplexity": (result.get(stage) or {}).get("perplexity") for stage in stages}
     names = ("improvement_percent", "all_facts_hold", "parameters", "trainable_parameters", "tokens_per_second")
     return found | {name: result.get(name) for name in (*names, "steps", "best_step", "skipped_steps")}
@@ -276,10 +252,40 @@ def pruning_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"pruned_heads": None if heads is None else len(heads), "total_heads": result.get("total_heads")}
 
 
+def _corpus_read(source: str) -> dict[str, str]:
+    from nbhelpers import tasks
+
+    return {f"text {source}": tasks.load_corpus(source).sha256}
+
+
+def _evaluation_reads(config) -> dict[str, str]:
+    from nbhelpers.evaluation import questions
+
+    wanted = {name: getattr(config, name) for name in ("shots", "shots_data", "limit")}
+    return {f"{config.task} of {config.data or 'the hub'}": questions(config.task, config.data, **wanted)[0].sha256}
+
+
+def _sparsity_reads(config) -> dict[str, str]:
+    from nbhelpers.sparsity import SparsityExperiment
+
+    rows, _, corpus = SparsityExperiment._check(config)
+    told = f"{config.task} of {config.data or 'the hub'}" + (f", first {config.limit}" if config.limit else "")
+    return {told: rows.sha256, f"{told}, training rows": corpus.sha256}
+
+
 def _text_file(source: str) -> str | None:
     """sha256 of a text that is a file here; None for what its name alone decides."""
     path = Path(source).expanduser()
     return sha256_known(path) if path.is_file() else None
+
+
+def _mask_files(place: str) -> str | None:
+    from nbhelpers.mask_choice import file_in
+
+    try:
+        return sha256_known(file_in(place))
+    except LookupError:  # said by the job itself
+        return None
 
 
 def _model_files(name: str) -> dict[str, str] | None:

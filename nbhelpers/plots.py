@@ -14,9 +14,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from nbhelpers.stats import digits
 
 # Okabe-Ito: told apart by colour-blind readers and in grey
-COLORS = {"baseline": "#555555", "pruned": "#D55E00", "fine_tuned": "#0072B2", "control": "#009E73"}
-LABELS = {"baseline": "baseline", "pruned": "pruned", "fine_tuned": "fine-tuned", "control": "control (unpruned)"}
-METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA (4-bit)"}
+COLORS = {"baseline": "#555555", "pruned": "#D55E00", "masked": "#AA4499", "fine_tuned": "#0072B2"}
+COLORS |= {"control": "#009E73"}
+LABELS = {"baseline": "baseline", "pruned": "pruned", "masked": "masked", "fine_tuned": "fine-tuned"}
+LABELS |= {"control": "control (unpruned)"}
+METHODS = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA (4-bit)", "sparse_lora": "sparse LoRA"}
 DRAWING = Lock()  # figures may be drawn in threads
 LOG_FROM = 30  # where the largest value is this many times the smallest, an axis of perplexities is logarithmic
 
@@ -79,6 +81,8 @@ def stages(result: Mapping) -> Figure:
         axes.set_ylim(0, max(values) * 1.15)
     axes.set_xlim(-0.6, max(len(names), 4) - 0.4)  # a bar keeps its place and width while others come
     how = f"{result['strategy']}, level {result['level']:g}" if "strategy" in result else METHODS[result["method"]]
+    if result.get("mask") and "strategy" not in result:
+        how += f", {result['mask']['sparsity']:.0%} of the weights masked"
     axes.set_title(f"{_short(result['model'])}: {how}", fontsize=11)
     _plain(axes)
     return figure

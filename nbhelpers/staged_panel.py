@@ -47,6 +47,7 @@ class StagedPanel(Panel):
     from_preset: ClassVar[Callable[..., BaseModel]]
     stages: tuple[str, ...] = ()
     main: tuple[str, ...] = ()  # fields that are shown at once
+    hidden: tuple[str, ...] = ("name",)  # fields that the form does not show
     parameters: tuple[str, ...] = ()  # fields that are parameters of the notebook
     open_fields: tuple[str, ...] = ("model", "text")
     words: ClassVar[Mapping[str, str]] = {}
@@ -62,7 +63,7 @@ class StagedPanel(Panel):
             main=[name for name in self.main if name in type(config).model_fields],
             choices=self.choices(),
             open_choices=self.open_fields,
-            hidden=("name",),
+            hidden=self.hidden,
         )
         super().__init__(form, root, live=runtime.where() != "papermill")
         self.forget(config)

@@ -87,7 +87,9 @@ class FineTuner(Trainer):
         progress: Callable[[dict], None] | None = None,
         sampler: Callable[[], str] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        after_update: Callable[[], Any] | None = None,  # before anything looks at the new weights
     ) -> None:
+        self.after_update = after_update
         self.rows, self.validation_rows, self.config, self.folder = rows, validation_rows, config, folder
         self.tracker, self.report, self.sampler, self.should_stop = tracker, progress, sampler, should_stop
         self.news: list[dict] = []  # events since the last report
@@ -328,6 +330,8 @@ class FineTuner(Trainer):
     def after_step(self, control: Any) -> None:
         """Count, validate, report, save: everything that reads a finished step."""
         state, record = self.progress, self.record
+        if self.after_update is not None:
+            self.after_update()
         self.random_state = None  # from here on the step is whole
         step_seconds = time.perf_counter() - record.started
         state.step = self.state.global_step

@@ -112,7 +112,8 @@ class TrainingResult:
     precision: str  # as resolved
     labels: dict[str, int | None]  # label_report of the training rows
     merge_difference: float | None  # lora: largest |logit change| by merging / largest |logit|, on one row
-    merged: dict[str, Any] | None  # sparse: what merging did, and its checked facts (sparse_lora.Merged)
+    merged: dict[str, Any] | None  # sparse lora: what merging did, and its checked facts (sparse_lora.Merged)
+    masked: dict[str, Any] | None  # sparse full: what the mask callback saw in this attempt (SparseMaskCallback.report)
     packing: str  # "on", or "off: " and why
     loss_check: dict[
         str, float
@@ -223,7 +224,8 @@ def fine_tune(
             away, the weights stay those of the last whole step (not the best ones), status is "stopped", and with
             checkpoint_every a checkpoint is left.
         resume: go on from the newest complete checkpoint in output_dir (from the start if there is none yet).
-        sparse: (mask, mode) of sparse_lora.put_on, for method lora: the model is masked, and merged with proofs.
+        sparse: (mask, mode) of sparse_lora.put_on. Method lora: the model is masked, and merged with proofs. Method
+            full: it is masked, and in mode sparse_to_sparse masked again after every optimizer step.
 
     Started by torchrun, every process calls this with the same arguments; each takes its share of the rows of a step,
     and only the first one needs tracker, progress and sampler. The loss curve is that of one process.
@@ -233,11 +235,11 @@ def fine_tune(
         the last good state was restored and the learning rate halved. torch.OutOfMemoryError: one row is too much.
         The global random state is afterwards what it was before.
     """
-    from nbhelpers import checkpoints, faster_layers, models, preparation, ranks, trainer
+    from nbhelpers import checkpoints, faster_layers, masked_training, models, preparation, ranks, trainer
 
     started = time.perf_counter()
-    if sparse is not None and config.method != "lora":
-        raise ValueError(f"a mask is kept by method 'lora' alone, got {config.method!r}")
+    if sparse is not None and config.method == "qlora":
+        raise ValueError("a mask is kept by methods 'lora' and 'full', got 'qlora': 4-bit weights cannot be merged")
     train = check_rows(train_rows, "train_rows", model)
     validation = check_rows(validation_rows or [], "validation_rows", model) if config.eval_every else []
     device = next(model.parameters()).device
@@ -245,18 +247,20 @@ def fine_tune(
     learning_rate = config.learning_rate or LEARNING_RATES[config.method]
     labels = label_report(train_rows)
     total = models.parameters(model)
-    identity = checkpoints.identity(model, config, train, validation) | _sparse_identity(sparse)
+    identity = checkpoints.identity(model, config, train, validation) | masked_training.identity(sparse)
     folder = checkpoints.Folder(output_dir, identity)
 
     with (
         ranks.joined(device.type),
         runtime.seeded(config.seed),
         tempfile.TemporaryDirectory(prefix="nbhelpers-") as scratch,
-        preparation.prepared(model, config, precision, _sparse_adapters(config, sparse)) as trainable,
+        preparation.prepared(model, config, precision, masked_training.adapters_for(config, sparse)) as trainable,
     ):
         writes = config.checkpoint_every is not None
         start_from = ranks.told_by_first(folder.start(resume, writes=writes) if ranks.is_first() else None)
+        from_step = 0 if start_from is None else int(start_from.name.rpartition("-")[2])
         left_out = preparation.left_out(model, total) if config.method != "full" else {}
+        callback = masked_training.callback(model, config, sparse)
         run = trainer.FineTuner(
             trainable,
             train,
@@ -270,6 +274,7 @@ def fine_tune(
             progress=progress,
             sampler=sampler,
             should_stop=should_stop,
+            after_update=None if callback is None else callback.on_step_end,
         )
         try:
             with faster_layers.in_use(trainable, precision):
@@ -279,8 +284,8 @@ def fine_tune(
         finally:
             run.close()
         merged = merge_difference = None
-        if sparse is not None:
-            merged = _merge_sparse(trainable, train[0])
+        if sparse is not None and config.method == "lora":
+            merged = masked_training.merge(trainable, train[0])
             merge_difference = merged["difference"]
         elif config.method == "lora":
             merge_difference = preparation.merge(trainable, train[0])
@@ -307,33 +312,8 @@ def fine_tune(
         labels=labels,
         merge_difference=merge_difference,
         merged=merged,
+        masked=None if callback is None else callback.report() | {"from_step": from_step},
         packing="on" if run.packing_off is None else f"off: {run.packing_off}",
         loss_check=loss_check,
         processes=ranks.count(),
     )
-
-
-def _sparse_adapters(config: TrainingConfig, sparse) -> Callable[[nn.Module], nn.Module] | None:
-    """What puts adapters on that respect a mask; None where there is no mask to respect."""
-    if sparse is None:
-        return None
-    from nbhelpers import sparse_lora
-
-    settings = {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-    return lambda model: sparse_lora.put_on(model, *sparse, **settings, seed=config.seed)
-
-
-def _sparse_identity(sparse) -> dict[str, Any]:
-    """What of a mask a checkpoint must have been made with; nothing where there is none."""
-    if sparse is None:
-        return {}
-    from nbhelpers import mask_files, masks
-
-    mask, mode = sparse
-    return {"sparse": [mode, mask_files.sha256(masks.pack(mask)) if mask else None]}
-
-
-def _merge_sparse(trainable: nn.Module, row: Row) -> dict[str, Any]:
-    from nbhelpers import sparse_lora
-
-    return sparse_lora.merge(trainable, row).record()

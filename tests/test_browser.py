@@ -15,7 +15,7 @@ from nbhelpers.runs import Run, read_run
 
 RUN_SECONDS = 240  # most a short run of the bundled model may take on a busy machine
 QUICK = {
-    "before": "PruningPanel(",
+    "before": "PruningTabs(",
     "cell": "steps, control = 0, False",
 }  # what papermill would put in: Run all is short
 
@@ -177,7 +177,7 @@ def test_a_run_goes_on_through_a_reload_and_a_closed_tab_and_is_stopped_in_a_new
 @pytest.mark.slow
 def test_run_all_shows_a_picture_early_and_an_interrupt_stops_its_run(lab):
     """A cell that runs blocks the panel's own Stop, so the notebook's is pressed. Seconds are printed, not asserted."""
-    with lab.open(NOTEBOOK, before="PruningPanel(", cell="steps = 2000") as page:
+    with lab.open(NOTEBOOK, before="PruningTabs(", cell="steps = 2000") as page:
         page.watch_pictures()
         began = time.monotonic()
         page.start_all()

@@ -73,15 +73,19 @@ def test_the_parameters_of_the_pruning_notebook_are_fields_of_its_config_and_pap
     from papermill import inspect_notebook
 
     from nbhelpers.experiments import PRESETS, PruningConfig
-    from nbhelpers.pruning_panel import PruningPanel
+    from nbhelpers.pruning_panel import PruningPanel, WeightPanel
+    from nbhelpers.weight_pruning import WeightPruningConfig
 
     found = inspect_notebook(str(PRUNING))
     names = [node.target.id for node in ast.parse(parameters_cell(PRUNING)).body]
     assert list(found) == names  # papermill loses a parameter whose comment holds an equals sign
-    assert {*names} - {"preset", "more"} == {*PruningPanel.parameters} <= {*PruningConfig.model_fields}
-    for name in PruningPanel.parameters:
+    heads, weights = PruningConfig.model_fields, WeightPruningConfig.model_fields
+    assert {*names} - {"preset", "more"} == {*PruningPanel.parameters, *WeightPanel.parameters}
+    assert {*PruningPanel.parameters} <= {*heads} and {*WeightPanel.parameters} <= {*weights}
+    for name in {*PruningPanel.parameters, *WeightPanel.parameters} - {"what"}:
         value = ast.literal_eval(found[name]["default"])
-        assert found[name]["help"] and value in (None, PruningConfig.model_fields[name].default)
+        assert found[name]["help"]
+        assert all(value in (None, fields[name].default) for fields in (heads, weights) if name in fields)
     assert {name for name in names if found[name]["default"] == "None"} <= {*PRESETS["tiny"], *PRESETS["full"]}
 
 

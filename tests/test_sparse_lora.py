@@ -14,13 +14,13 @@ from nbhelpers import (
     faster_layers,
     mask_files,
     masked_adapters,
+    masked_training,
     masks,
     models,
     optimization,
     preparation,
     runtime,
     sparse_lora,
-    training,
 )
 from nbhelpers.training import TrainingConfig, fine_tune
 
@@ -626,8 +626,8 @@ def test_adapters_that_respect_a_mask_are_neither_loaded_nor_saved_without_it(tm
 def test_a_checkpoint_of_one_mask_or_mode_is_not_gone_on_with_under_another():
     kept = {"a": torch.tensor([[True, False]])}
     found = [
-        training._sparse_identity(sparse)
+        masked_training.identity(sparse)
         for sparse in (None, (None, "dense"), (kept, "sparse_to_dense"), (kept, "sparse_to_sparse"))
     ]
-    found.append(training._sparse_identity(({"a": torch.tensor([[False, True]])}, "sparse_to_sparse")))
+    found.append(masked_training.identity(({"a": torch.tensor([[False, True]])}, "sparse_to_sparse")))
     assert found[0] == {} and len({str(one) for one in found}) == 5
