@@ -54,14 +54,15 @@ models: .venv/.installed  ## train the bundled tiny models again
 	$(BIN)/python -m nbhelpers.pretrain
 
 bench: .venv/.installed  ## side-by-side measurements against peers, one after the other
-	@set -e; for file in $(filter-out benchmarks/soak.py benchmarks/sweep_demo.py,$(wildcard benchmarks/[a-z]*.py)); do [ -f "$$file" ] || { echo "no benchmarks yet"; break; }; \
+	@set -e; for file in $(filter-out benchmarks/soak.py benchmarks/soak_sweep.py benchmarks/sweep_demo.py,$(wildcard benchmarks/[a-z]*.py)); do [ -f "$$file" ] || { echo "no benchmarks yet"; break; }; \
 	  echo "== $$file"; $(BIN)/python "$$file"; done
 
 sweep-demo: .venv/.installed  ## 360 rows of sparsity on two bundled models: an hour on two cores, goes on where it was
 	$(BIN)/python benchmarks/sweep_demo.py --readme README.md
 
-soak: .venv/.installed  ## long fault runs: 20 kills of fine-tuning runs, their table in README and benchmarks/results
+soak: .venv/.installed  ## long fault runs: 20 kills of fine-tuning runs, 80 of sweeps, their tables in README and benchmarks/results
 	$(BIN)/python benchmarks/soak.py --readme README.md
+	$(BIN)/python benchmarks/soak_sweep.py --readme README.md
 
 install: .venv/.installed  ## only create .venv
 
@@ -70,7 +71,7 @@ install: .venv/.installed  ## only create .venv
 	  { echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[notebooks,quant,tensorboard,wandb,search,lmeval,test,browser,dev]' -c constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[notebooks,quant,tensorboard,wandb,search,ray,lmeval,test,browser,dev]' -c constraints.txt
 	@touch $@
 
 $(COLAB)/.installed: pyproject.toml constraints-colab.txt requirements-colab.txt

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,12 +31,13 @@ def sweep_plan() -> Callable:
     def command(
         plan: PlanFile,
         out: Annotated[Path | None, typer.Option(help="lay the plan down in this folder, for workers")] = None,
+        calibrate: Annotated[bool, typer.Option(help="time short pilots first, a minute a model")] = False,
         json: Json = False,
     ) -> None:
         def work() -> dict:
             from nbhelpers import sweep, workers
 
-            found = sweep.preview(plan)
+            found = sweep.preview(plan, _measured(plan) if calibrate else None)
             return found if out is None else found | {"probe": workers.lay_down(plan, out), "folder": str(out)}
 
         carry_out(work, show_plan, json)
@@ -44,12 +45,59 @@ def sweep_plan() -> Callable:
     return command
 
 
+def _measured(plan: Path) -> dict[str, float | None]:
+    from nbhelpers import sweep_pace
+
+    return sweep_pace.measure(plan, progress=lambda now: sys.stderr.write(f"{now['model']} on {now['task']}\n"))
+
+
+def sweep_prefetch() -> Callable:
+    def command(
+        plan: PlanFile,
+        out: Annotated[Path | None, typer.Option(help="write the record of what came, JSON")] = None,
+        check: Annotated[Path | None, typer.Option(metavar="RECORD", help="compare with a record made there")] = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import prefetch, records
+
+            there = None if check is None else prefetch.read(check)
+            found = prefetch.fetch(plan, lambda now: sys.stderr.write(f"{now['stage']}: {now['name']}\n"))
+            if out is not None:
+                records.write_json(out, found)
+            if there is not None:
+                differs = prefetch.differences(found, there)
+                found["facts"] = [{"name": line, "ok": False} for line in differs]
+                if differs:
+                    raise Violation(found)
+            return found
+
+        carry_out(work, show_prefetch, json)
+
+    return command
+
+
+def show_prefetch(found: dict[str, Any]) -> str:
+    """A line a model and a data set, with the beginning of its hash."""
+    lines = [
+        f"{name}: {one['source']}{' at ' + one['revision'] if one['revision'] else ''}, {len(one['files'])} files, "
+        f"{_gigabytes(one['bytes'])}"
+        for name, one in found["models"].items()
+    ]
+    lines += [f"{what}: sha256 {sha256[:16]}" for what, sha256 in found["data"].items()]
+    return "\n".join([*lines, "nodes without a network take these with the same HF_HOME and HF_HUB_OFFLINE=1"])
+
+
 def sweep_run() -> Callable:
     def command(
         plan: PlanFile,
         out: Annotated[Path, typer.Option(help="folder of the sweep; one that holds it already is continued")],
         budget: Budget = None,
-        workers: Annotated[int, typer.Option(min=1, help="processes of this machine that share the jobs")] = 1,
+        workers: Annotated[int, typer.Option(min=1, help="processes, or actors of Ray, that share the jobs")] = 1,
+        engine: Annotated[Literal["local", "ray"], typer.Option(help="local: processes of this machine")] = "local",
+        address: Annotated[
+            str | None, typer.Option(help="a Ray cluster: auto, host:port, ray://host:port; None = one made here")
+        ] = None,
         only: Annotated[int | None, typer.Option(help="the job of this row alone, counted from 1")] = None,
         json: Json = False,
     ) -> None:
@@ -57,6 +105,15 @@ def sweep_run() -> Callable:
             from nbhelpers import sweep
             from nbhelpers import workers as several
 
+            if address is not None and engine != "ray":
+                raise ValueError(f"address is of the engine ray, got {address!r}: add --engine ray, or leave it out")
+            if engine == "ray":
+                from nbhelpers import ray_engine
+
+                if only is not None:
+                    raise ValueError(f"only is one job of this process, got engine ray and only {only}")
+                more = {"address": address, "progress": say_progress}
+                return _checked(ray_engine.run(plan, out, workers, budget, **more))
             if workers > 1 and only is not None:
                 raise ValueError(f"only is one job, got workers {workers}: leave one of them out")
             if workers > 1:
@@ -131,16 +188,18 @@ def show_plan(found: dict[str, Any]) -> str:
     axes = " x ".join(f"{count} {name}" for name, count in found["axes"].items())
     lines = [f"{found['rows']} rows ({axes}) -> {found['jobs']} jobs, {found['aliases']} aliases"]
     if price := found.get("price"):
-        counts = (f"{price[name]:,} {name.replace('_', ' ')}" for name in price if name != "downloads")
-        lines.append(", ".join(counts))
+        counts = (name for name in price if name not in ("downloads", "disk_bytes"))
+        lines.append(", ".join(f"{price[name]:,} {name if price[name] != 1 else name[:-1]}" for name in counts))
         lines += [f"download {name}: {_gigabytes(size)}" for name, size in price["downloads"].items()]
+        lines.append(f"disk, about: {_gigabytes(price['disk_bytes'])} of runs, masks and answers")
     if search := found.get("search"):
         where = ", ".join(search["space"])
         lines = [
             f"{search['trials']} trials by {search['sampler']} over {where}: {search['direction']} {search['metric']}"
         ]
     if found["estimated_hours"] is not None:
-        lines.append(f"about {in_words(3600 * found['estimated_hours'])} by an estimate at this machine's speed")
+        how = "by pilots timed" if found.get("calibrated") else "by an estimate at this machine's speed"
+        lines.append(f"about {in_words(3600 * found['estimated_hours'])} {how}{_by_workers(found, in_words)}")
     if found["not_estimated"]:
         lines.append(f"{found['not_estimated']} jobs could not be estimated")
     if "probe" in found:
@@ -150,8 +209,16 @@ def show_plan(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "first:", *(f"  {job['job']}  {job['name']}" for job in found["order"][:5])])
 
 
+def _by_workers(found: dict[str, Any], in_words: Callable[[float], str]) -> str:
+    hours = {count: value for count, value in found.get("hours_by_workers", {}).items() if count != "1"}
+    said = ", ".join(f"{in_words(3600 * value)} by {count}" for count, value in hours.items())
+    return f"; with a machine or GPU each, {said} workers" if said else ""
+
+
 def _gigabytes(size: int | None) -> str:
-    return "size not known before" if size is None else f"{size / 1e9:.1f} GB"
+    if size is None:
+        return "size not known before"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def show_coverage(found: dict[str, Any]) -> str:
@@ -207,12 +274,22 @@ def sweep_report() -> Callable:
         folder: Folder,
         out: Annotated[Path | None, typer.Option(help="folder of the report; None = DIR/report")] = None,
         tolerance: Annotated[float, typer.Option(help="points below the tuned dense model that still pass")] = 0.02,
+        external: Annotated[Path | None, typer.Option(metavar="CSV", help="a table of results to compare with")] = None,
+        columns: Annotated[
+            str | None, typer.Option(help="what its columns are: THEIRS=OURS,... with OURS model, task, value, ...")
+        ] = None,
+        protocol: Annotated[
+            str | None, typer.Option(help="how it was measured (shots, split, metric), where no column says so")
+        ] = None,
         json: Json = False,
     ) -> None:
         def work() -> dict:
-            from nbhelpers import sparsity_report
+            from nbhelpers import external_results, sparsity_report
 
-            found = sparsity_report.write(folder, out, tolerance)
+            if external is None and (columns or protocol):
+                raise ValueError("columns and protocol are of a table to compare with: name it with --external CSV")
+            table = None if external is None else external_results.read(external, columns, protocol)
+            found = sparsity_report.write(folder, out, tolerance, table)
             if found["facts_failed"]:
                 raise Violation(found)
             return found
@@ -229,6 +306,9 @@ def show_report(found: dict[str, Any]) -> str:
     for one in found["headline"]:
         where = "none" if one["sparsity"] is None else f"{one['sparsity']:g}"
         lines.append(f"  {where:>5}  {one['model']} {one['task']} {one['method']} {one['mode']}")
+    if told := found["compared"]:
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in told.items())
+        lines.append(f"beside the table: {counts}")
     return "\n".join([*lines, *found["files"]])
 
 

@@ -138,7 +138,8 @@ class StagedExperiment:
 
     def _tell(self, stage: str, **what) -> None:
         self.doing = stage
-        log.info("%s %s", stage, "" if "done" in what else what or "")
+        if what.get("step", 1) == 1 or what.get("validation_nll") is not None:  # every step stands in metrics.jsonl
+            log.info("%s %s", stage, "" if "done" in what else what or "")
         if self.progress is not None:
             self.progress({"stage": stage, **what})
 

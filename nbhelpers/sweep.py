@@ -6,31 +6,25 @@ jobs of a search come one by one, each from what is on record by then; its other
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import gc
+import heapq
 import logging
 import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbhelpers import grid, jobkinds, memory, search
-from nbhelpers.errors import is_bad_input, one_line
+from nbhelpers import attempts, grid, jobkinds, retry_rules, search
 from nbhelpers.grid import Expansion, Job, Plan
 from nbhelpers.ledger import Ledger, State
-from nbhelpers.redaction import Redactor
-from nbhelpers.registry import unknown
 from nbhelpers.runs import read_run
-from nbhelpers.search import Pruned, Search, Trial
-from nbhelpers.tracking import Diverged, ExperimentConfig, ExperimentTracker, Interrupted
+from nbhelpers.search import Search
+from nbhelpers.tracking import Interrupted
 
 KINDS = jobkinds.KINDS
 _DURATION = re.compile(r"(?=.)(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 Progress = Callable[[dict[str, Any]], None]
 log = logging.getLogger(__name__)
 
@@ -56,13 +50,18 @@ def parse_budget(budget: str | float | None) -> float:
     return seconds
 
 
-def preview(plan: str | Path | Mapping[str, Any] | Plan) -> dict[str, Any]:
-    """What a plan would run, without running: counts, jobs in order, and seconds estimated where that is possible."""
+def preview(
+    plan: str | Path | Mapping[str, Any] | Plan, measured: Mapping[str, float | None] | None = None
+) -> dict[str, Any]:
+    """What a plan would run, without running: counts, jobs in order, and hours estimated where that is possible.
+
+    measured: seconds of each job by its id, where a pilot was timed (sweep_pace.measure).
+    """
     expansion = grid.expand(grid.read_plan(plan))
     if expansion.plan.search is not None:
         return _preview_search(expansion, expansion.plan.search)
     ordered = grid.in_order(expansion, list(expansion.jobs.values()))
-    seconds = [_estimate(expansion, job) for job in ordered]
+    seconds = [_estimate(expansion, job) if measured is None else measured[job.id] for job in ordered]
     known = [value for value in seconds if value is not None]
     return {
         "name": expansion.plan.name,
@@ -73,9 +72,22 @@ def preview(plan: str | Path | Mapping[str, Any] | Plan) -> dict[str, Any]:
         "axes": {name: len(values) for name, values in expansion.plan.all_axes().items()},
         "estimated_hours": sum(known) / 3600 if known else None,
         "not_estimated": len(seconds) - len(known),
+        "calibrated": measured is not None,
+        "hours_by_workers": hours_by_workers(known),
         "order": [{"job": job.id, "name": job.name} for job in ordered],
         "price": expansion.kind.price([job.config for job in ordered]),
     }
+
+
+def hours_by_workers(seconds: Sequence[float], counts: Sequence[int] = (1, 2, 4, 8)) -> dict[str, float]:
+    """Hours until the last job is done, by the number of workers: each takes the next job once it is free."""
+    found = {}
+    for count in counts:
+        free = [0.0] * min(count, max(1, len(seconds)))
+        for one in seconds:
+            heapq.heapreplace(free, free[0] + one)
+        found[str(count)] = max(free) / 3600
+    return found
 
 
 def _preview_search(expansion: Expansion, wanted: Search) -> dict[str, Any]:
@@ -119,18 +131,30 @@ def run(
     fit by the measured cost of jobs like it (the first one always is). An interrupt ends the sweep cleanly.
     """
     allowed = parse_budget(budget)
-    expansion = grid.expand(grid.read_plan(plan))
+    expansion = opened(plan)
     if only is not None and expansion.plan.search is not None:
         raise ValueError(f"only names a row of a grid, got {only}: the trials of a search come one by one")
-    if expansion.plan.search is not None:
-        search.installed()
-    ledger = Ledger.create(folder, expansion)
-    if expansion.plan.search is not None:
-        _check_same_files(expansion, ledger)
+    ledger = laid_down(expansion, folder)
     if only is not None and not 1 <= only <= len(ledger.rows):
         raise ValueError(f"only must be the number of a row, 1 to {len(ledger.rows)}, got {only}")
     job = None if only is None else ledger.rows[only - 1].job
-    return _Sweep(expansion, ledger, allowed, progress, should_stop).run(job)
+    return Pass(expansion, ledger, allowed, progress, should_stop, job).run()
+
+
+def opened(plan: str | Path | Mapping[str, Any] | Plan) -> Expansion:
+    """A plan, checked; LookupError where it is a search and what a search needs is not installed."""
+    expansion = grid.expand(grid.read_plan(plan))
+    if expansion.plan.search is not None:
+        search.installed()
+    return expansion
+
+
+def laid_down(expansion: Expansion, folder: str | Path) -> Ledger:
+    """The ledger of a plan in a folder; ValueError where the folder holds something else."""
+    ledger = Ledger.create(folder, expansion)
+    if expansion.plan.search is not None:
+        _check_same_files(expansion, ledger)
+    return ledger
 
 
 def _check_same_files(expansion: Expansion, ledger: Ledger) -> None:
@@ -154,36 +178,13 @@ def status(folder: str | Path) -> dict[str, Any]:
 
 def best_trial(ledger: Ledger) -> dict[str, Any] | None:
     """{trial, metric, value, values, job, run_dir} of the best trial that came to its end; None before there is one."""
-    wanted, found = Search(**ledger.plan["search"]), trials(ledger)
+    wanted, found = Search(**ledger.plan["search"]), attempts.trials(ledger)
     number = search.best(wanted, found)
     if number is None:
         return None
     row = ledger.rows[number]
     told = {"trial": number, "metric": wanted.metric, "value": found[number].value, "values": row.values}
     return told | {"job": row.job, "run_dir": str(ledger.state(row.job).run_dir)}
-
-
-def trials(ledger: Ledger, *, without: str | None = None) -> list[Trial]:
-    """The trials of a search as their run records tell them. without: the job that is left out."""
-    wanted, kind = Search(**ledger.plan["search"]), KINDS[ledger.plan["kind"]]()
-    states, found = ledger.states(), []
-    for row in ledger.rows:
-        state, value, reported = states[row.job], None, []
-        if row.job == without:
-            continue
-        if state.status in ("finished", "pruned", "diverged", "failed"):
-            run = read_run(state.run_dir)
-            reported = kind.seen(run)
-            if state.status == "finished":
-                value = _metric(wanted.metric, kind.columns(run.result or {}))
-        found.append(Trial(row.values, state.status, value, tuple(reported)))
-    return found
-
-
-def _metric(name: str, columns: Mapping[str, Any]) -> Any:
-    if name not in columns:
-        raise LookupError(unknown("metric", name, columns))
-    return columns[name]
 
 
 def _shown(state: State) -> dict[str, Any]:
@@ -209,58 +210,90 @@ def results(folder: str | Path) -> list[dict[str, Any]]:
     return [{**row.values, "job": row.job, "alias": row.alias, **found[row.job]} for row in ledger.rows]
 
 
-class _Sweep:
-    """One pass of this process over the jobs that are to do."""
+class Pass:
+    """One pass over the jobs that are to do: which one is next while there is time, and what is said of each."""
 
-    def __init__(self, expansion: Expansion, ledger: Ledger, allowed: float, progress, should_stop) -> None:
+    def __init__(
+        self,
+        expansion: Expansion,
+        ledger: Ledger,
+        allowed: float,
+        progress: Progress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        only: str | None = None,
+    ) -> None:
         self.expansion, self.kind, self.ledger = expansion, expansion.kind, ledger
         self.allowed, self.progress, self.should_stop = allowed, progress, should_stop
         self.search = expansion.plan.search
         self.started = time.monotonic()
         self.costs: dict[Any, list[float]] = {}
-        self.tried = 0
-
-    def run(self, only: str | None = None) -> dict[str, Any]:
-        states = self.ledger.states()
-        for key, seconds in self.ledger.seconds().items():
-            if job := self.ledger.jobs.get(key):
+        self.tried, self.skipped = 0, False
+        for key, seconds in ledger.seconds().items():
+            if job := ledger.jobs.get(key):
                 self._learn(job, seconds)
-        jobs = list(self.ledger.jobs.values())
-        ordered = grid.in_order(self.expansion, jobs)
+        states = ledger.states()
+        self.ended = sum(not state.to_do for state in states.values())
+        self.waiting = [job for job in self._in_order(states) if states[job.id].to_do and only in (None, job.id)]
+
+    def _in_order(self, states: Mapping[str, State]) -> list[Job]:
+        ordered = grid.in_order(self.expansion, list(self.ledger.jobs.values()))
         if self.search:  # as they were asked for
             ordered = [self.ledger.jobs[job] for job in dict.fromkeys(row.job for row in self.ledger.rows)]
         # jobs that a killed process left go last: one that kills its process must not keep the others from their turn
-        self.waiting = sorted((job for job in ordered if states[job.id].to_do), key=lambda job: states[job.id].tries)
-        self.ended = sum(not states[job.id].to_do for job in ordered)
-        if only is not None:
-            self.waiting = [job for job in self.waiting if job.id == only]
+        notes = self.ledger.notes()
+        return sorted(ordered, key=lambda job: (states[job.id].tries, retry_rules.killed(notes.get(job.id, []))))
+
+    def run(self) -> dict[str, Any]:
+        """Do them one after another in this process."""
+        doer = attempts.Doer(self.expansion, self.ledger, self.progress, self.should_stop)
         how = "done"
         try:
-            how = self._pass()
+            while how == "done" and (job := self.next()) is not None:
+                if self.should_stop is not None and self.should_stop():
+                    how = "stopped"
+                    continue
+                if found := doer.do(job, begun=self.begun):
+                    self.over(job, found)
         except (KeyboardInterrupt, Interrupted):
             how = "stopped"
         finally:
             self.kind.close()
+        return self.summary(how)
+
+    def next(self, choose: Callable[[list[Job]], Job] = lambda waiting: waiting[0]) -> Job | None:
+        """The next job that there is time for, of those that wait the one that is chosen; None where there is none."""
+        while self.waiting or self._ask():
+            job = choose(self.waiting)
+            self.waiting.remove(job)
+            if not self._too_late(self.expected(job)):
+                return job
+            self.skipped = True
+        return None
+
+    def begun(self, job: Job) -> None:
+        self.tried += 1
+        self._tell("job started", job)
+
+    def over(self, job: Job, found: Mapping[str, Any]) -> None:
+        """Take note of how a job ended: what attempts.Doer.do said."""
+        if found["status"] == "planned":  # a retry rule wants it once more
+            self.waiting.append(job)
+            return
+        if found["status"] == "finished":
+            self._learn(job, found["seconds"])
+        self.ended += 1
+        self._tell("job ended", job, **found)
+
+    def summary(self, how: str) -> dict[str, Any]:
+        """The result of `run`. how: done or stopped."""
+        if how == "done" and (self.skipped or self.ledger.to_come):
+            how = "budget"
         return self.ledger.coverage() | {
             "ended": how,
             "tried": self.tried,
             "seconds": round(time.monotonic() - self.started, 3),
             "folder": str(self.ledger.folder),
         }
-
-    def _pass(self) -> str:
-        skipped = False
-        while self.waiting or self._ask():
-            if self.should_stop is not None and self.should_stop():
-                return "stopped"
-            job = self.waiting.pop(0)
-            if self._too_late(self.expected(job)):
-                skipped = True
-                continue
-            with self.ledger.lease(job.id) as ours:
-                if ours and self.ledger.state(job.id, leased=False).to_do:  # another process may have done it meanwhile
-                    self._do(job)
-        return "budget" if skipped or self.ledger.to_come else "done"
 
     def _too_late(self, expected: float | None) -> bool:
         return bool(self.tried) and time.monotonic() - self.started + (expected or 0.0) > self.allowed
@@ -277,55 +310,8 @@ class _Sweep:
         return job is not None
 
     def _propose(self) -> Job:
-        return grid.trial_job(self.expansion, search.next_values(self.search, self._whole, trials(self.ledger)))
-
-    @property
-    def _whole(self) -> set[str]:
-        return search.whole_numbers(self.search, self.kind.config)
-
-    def _do(self, job: Job) -> None:
-        number, run_dir, goes_on = self.ledger.next_run_dir(job.id, self.kind.resumes)
-        run_dir.parent.mkdir(exist_ok=True)
-        self.tried += 1
-        self.ledger.note("started", job.id, number)
-        self._tell("job started", job)
-        begun = time.monotonic()
-        try:
-            config = self.kind.config(**job.config)
-            more = {"resume": True} if goes_on else {}
-            self.kind.run(
-                config, run_dir=run_dir, progress=self._within(job, run_dir), should_stop=self.should_stop, **more
-            )
-            if (left := read_run(run_dir).status) != "finished":
-                raise RuntimeError(f"the job returned, but its run directory says {left}")
-        except Pruned as why:
-            seconds = _since(begun)
-            self.ledger.note("ended", job.id, number, status="pruned", seconds=seconds, why=str(why))
-            self.ended += 1
-            self._tell("job ended", job, status="pruned", seconds=seconds)
-        except (KeyboardInterrupt, Interrupted):
-            self.ledger.note("ended", job.id, number, status="interrupted", seconds=_since(begun))
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it was is recorded with its class, and the rest goes on
-            self._failed(job, number, run_dir, error, begun)
-        else:
-            seconds = _since(begun)
-            self.ledger.note("ended", job.id, number, status="finished", seconds=seconds)
-            self._learn(job, seconds)
-            self.ended += 1
-            self._tell("job ended", job, status="finished", seconds=seconds)
-
-    def _failed(self, job: Job, number: int, run_dir: Path, error: Exception, begun: float) -> None:
-        if not (run_dir / "manifest.json").exists() and not (run_dir.is_dir() and any(run_dir.iterdir())):
-            _leave_record(self.expansion.plan.kind, job, run_dir, error)  # refused before there was a run
-        failure = failure_class(error)
-        said = {"failure": failure, "error": Redactor().value(_said(error, failure))}
-        said["status"] = "diverged" if failure == "diverged" else "failed"
-        self.ledger.note("ended", job.id, number, **said, seconds=_since(begun))
-        log.warning("job %s (%s) failed: %s: %s", job.id, job.name, failure, said["error"])
-        gc.collect()  # what the job had loaded
-        self.ended += 1
-        self._tell("job ended", job, **said)
+        whole = search.whole_numbers(self.search, self.kind.config)
+        return grid.trial_job(self.expansion, search.next_values(self.search, whole, attempts.trials(self.ledger)))
 
     def expected(self, job: Job | None) -> float | None:
         """Mean seconds of the jobs like this one that were measured on this host, else of all; None without any."""
@@ -353,47 +339,3 @@ class _Sweep:
                 "seconds_left": self.seconds_left(),
             }
             self.progress({"stage": stage, "job": job.id, "name": job.name, **where, **more})
-
-    def _within(self, job: Job, run_dir: Path) -> Progress | None:
-        """A job's own progress, marked with the job; where the search prunes, it hears it and may stop the job."""
-        tell = None if self.progress is None else lambda now: self.progress({**now, "job": job.id})
-        if self.search is None or self.search.pruner == "none":
-            return tell
-        others = trials(self.ledger, without=job.id)
-        watch = search.Watch(self.search, self._whole, others, job.values)
-
-        def listen(now: dict[str, Any]) -> None:
-            if tell is not None:
-                tell(now)
-            if (heard := self.kind.heard(now)) is not None:
-                earlier = [] if watch.told else self.kind.seen(read_run(run_dir))
-                if why := watch.hear(*heard, earlier):
-                    raise Pruned(why)
-
-        return listen
-
-
-def _since(begun: float) -> float:
-    return round(time.monotonic() - begun, 3)
-
-
-def failure_class(error: BaseException) -> str:
-    """One of ledger.FAILURES: what a retry rule or a person needs to know first."""
-    if memory.is_oom(error):
-        return "out of memory"
-    if isinstance(error, Diverged):
-        return "diverged"
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        return "error"
-    return "bad input" if isinstance(error, Exception) and is_bad_input(error) else "error"
-
-
-def _said(error: Exception, failure: str) -> str:
-    return f"{type(error).__name__}: {one_line(error)}" if failure == "error" else one_line(error)
-
-
-def _leave_record(kind: str, job: Job, run_dir: Path, error: Exception) -> None:
-    """The failed run of a job that was refused before it made a run directory."""
-    config = {"name": job.name, **job.config, "kind": kind}
-    with contextlib.suppress(type(error)), ExperimentTracker(ExperimentConfig(**config), run_dir=run_dir):
-        raise error

@@ -3,7 +3,8 @@
 A worker does jobs of a sweep's folder, each under a lease, until none is left that it could do. The folder has to be
 one and the same for all of them: whoever lays the plan down leaves a probe in `workers/`, a worker that does not find
 it refuses to start, and each leaves a probe of its own. SIGTERM and SIGUSR1 (schedulers send one before the time is
-up) stop the job at hand, whose run then says interrupted, and give its lease back; another worker goes on with it.
+up) stop the job at hand, whose run then says interrupted, and give its lease back; another worker goes on with it. So
+does the death of a sweep that started its workers itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ FOLDER = "workers"
 PROBE, PLAN = "probe.json", "plan.json"
 SIGNALS = ("SIGTERM", "SIGUSR1")
 LOOK_SECONDS = 0.2
-RESTARTS = 3  # of workers of this machine that a signal ended, in one call
+RESTARTS = 3  # of workers that a signal ended before they had begun a job; one that kills them has its own rule
+PARENT = "NBHELPERS_SWEEP_PROCESS"  # the process that started a worker and without which it shall not go on
 COMMAND = (sys.executable, "-m", "nbhelpers")
 
 
@@ -58,9 +60,9 @@ def work(
     Jobs that a dead worker left are taken over once its heartbeat is stale. ValueError without the plan's probe.
     """
     folder, allowed = Path(folder), sweep.parse_budget(budget)
-    _check_common(folder, plan)
+    check_common(folder, plan)
     until = time.monotonic() + allowed
-    with _told_by_signals(should_stop) as stop, _present(folder):
+    with told_by_signals(should_stop) as stop, announced(folder):
         while True:
             left = None if budget is None else max(0.001, until - time.monotonic())
             found = sweep.run(plan, folder, left, progress, stop)
@@ -84,7 +86,7 @@ def run(
     """`count` workers on this machine until nothing is left to do; the result is that of `sweep.run`.
 
     The cores are shared out among them unless OMP_NUM_THREADS says otherwise. A worker that a signal ended (memory,
-    say) is started again, RESTARTS times in all. A stop is passed on to each.
+    say) is started again; a job that ends its workers again and again is given up (retry_rules). A stop is passed on.
     """
     if count < 1:
         raise ValueError(f"workers must be at least 1, got {count}")
@@ -99,10 +101,12 @@ def run(
             if should_stop is not None and should_stop():
                 raise KeyboardInterrupt
             killed = [worker for worker in workers if (worker.poll() or 0) < 0]
-            for worker in killed[:restarts]:
-                workers.remove(worker)
-                workers.append(_start(folder, count, budget))
-                restarts -= 1
+            for worker in killed:
+                free = began_a_job(Ledger(folder), {**this_process(), "pid": worker.pid})
+                if free or restarts:
+                    restarts -= not free
+                    workers.remove(worker)
+                    workers.append(_start(folder, count, budget))
             if all(worker.poll() is not None for worker in workers):
                 break
             time.sleep(LOOK_SECONDS)
@@ -129,7 +133,7 @@ def _start(folder: Path, count: int, budget: str | float | None) -> subprocess.P
     words = [*COMMAND, "sweep", "worker", str(plan), "--folder", str(folder)]
     words += [] if budget is None else ["--budget", str(budget)]
     threads = str(max(1, (os.cpu_count() or 1) // count))
-    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ, PARENT: str(os.getpid())}
     return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
 
 
@@ -142,7 +146,17 @@ def _end(workers: list[subprocess.Popen]) -> None:
         worker.wait()
 
 
-def _check_common(folder: Path, plan: str | Path | Mapping[str, Any] | Plan) -> None:
+def began_a_job(ledger: Ledger, process: Mapping[str, Any]) -> bool:
+    """Whether this process (its host and pid) ever began a job of a sweep."""
+    who = (process["host"], process["pid"])
+    return any(
+        note["event"] == "started" and (note["host"], note["pid"]) == who
+        for notes in ledger.notes().values()
+        for note in notes
+    )
+
+
+def check_common(folder: Path, plan: str | Path | Mapping[str, Any] | Plan) -> None:
     """ValueError unless this plan was laid down here."""
     probe = folder / FOLDER / PROBE
     if not probe.is_file():
@@ -158,7 +172,7 @@ def _check_common(folder: Path, plan: str | Path | Mapping[str, Any] | Plan) -> 
 
 
 @contextlib.contextmanager
-def _present(folder: Path) -> Iterator[None]:
+def announced(folder: Path) -> Iterator[None]:
     """A probe of this worker, renewed while it lives and gone after it."""
     me = this_process()
     probe, stop = folder / FOLDER / f"on-{me['host']}-{me['pid']}.json", threading.Event()
@@ -181,15 +195,22 @@ def _present(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_by_signals(should_stop: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
-    """A should_stop that also hears SIGNALS; their handlers are put back afterwards. Only a main thread hears them."""
-    told = threading.Event()
+def told_by_signals(should_stop: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
+    """A should_stop that also hears SIGNALS, and the death of a PARENT; the handlers are put back afterwards. Only a
+    main thread hears signals."""
+    told, parent = threading.Event(), os.environ.get(PARENT)
     before = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         before = {number: signal.signal(number, lambda *_: told.set()) for number in numbers}
     try:
-        yield lambda: told.is_set() or (should_stop is not None and should_stop())
+        yield (
+            lambda: (
+                told.is_set()
+                or (parent is not None and os.getppid() != int(parent))
+                or (should_stop is not None and should_stop())
+            )
+        )
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

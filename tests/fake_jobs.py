@@ -18,6 +18,7 @@ from nbhelpers.runs import read_run
 from nbhelpers.tracking import Diverged, ExperimentConfig, ExperimentTracker, Interrupted
 
 TESTS = Path(__file__).parent
+HELD = [""]  # the `model` that this process holds
 CLOCK = [0.0]  # the `cost` of every job done in this process
 
 
@@ -30,6 +31,10 @@ class FakeConfig(BaseModel):
     cost: float = 1.0
     log: str | None = None
     seed: int = 0
+    batch_size: int = 8
+    micro_batch_size: int | None = None  # with "oom above N" more than N rows at once do not fit
+    model: str = "m"  # what jobs share: loaded where another one is held, and then written into `loads`
+    loads: str | None = None
     steps: int = 0  # reports (step, a + b / step) on the way
 
 
@@ -49,11 +54,18 @@ def run_fake(config: FakeConfig, *, run_dir: Path, progress=None, should_stop=No
             os.kill(os.getpid(), signal.SIGKILL)
         if config.log:
             time.sleep(config.cost)
+        if config.loads and HELD[0] != config.model:
+            HELD[0] = config.model
+            append_line(config.loads, {"model": config.model, "pid": os.getpid()})
         if progress is not None:
             progress({"stage": "adding"})
         if should_stop is not None and should_stop():
             raise Interrupted("stopped while adding")
         _raise(config.what)
+        if config.what.startswith("oom above") and (config.micro_batch_size or config.batch_size) > int(
+            config.what[9:]
+        ):
+            _raise("oom")
         for step in range(1, config.steps + 1):
             tracker.log_metrics(step, stage="fake", val_loss=config.a + config.b / step)
             if progress is not None:
@@ -79,8 +91,17 @@ def _raise(what: str) -> None:
         "bug": ZeroDivisionError("division by zero"),
         "interrupt": KeyboardInterrupt(),
     }
+    if what == "kill":  # as the system does where memory ends
+        os.kill(os.getpid(), signal.SIGKILL)
     if what in errors:
         raise errors[what]
+
+
+def resolved(config: FakeConfig) -> dict:
+    """What a job is; fields that came later count where they are set, so that ids and order stay what they were."""
+    later = {"batch_size", "model"}
+    values = config.model_dump(exclude={"name", "micro_batch_size", "loads", *later})
+    return values | config.model_dump(include=later, exclude_defaults=True)
 
 
 if "fake" not in KINDS:
@@ -90,7 +111,9 @@ if "fake" not in KINDS:
         return JobKind(
             config=FakeConfig,
             run=run_fake,
+            resolve=resolved,
             similar=lambda config: config["cost"],
+            shares=lambda config: config["model"],
             heard=lambda now: (now["step"], now["loss"]) if now["stage"] == "fake" else None,
             seen=lambda run: list(zip(*run.curve("val_loss", "fake"), strict=True)) if run.config["steps"] else [],
         )

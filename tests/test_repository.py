@@ -23,13 +23,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LEVELS = {
     7: "cli commands commands_runs commands_training commands_evaluation commands_sweep commands_masks __main__",
     6: "widgets panel pruning_panel staged_panel fine_tuning_panel head_map analysis_panel notebook headless "
-    "selfcontained",
-    5: "plots analysis_plots plots_training report earlier selfcheck equivalents example_grid overview overview_html "
-    "sparsity_report",
-    4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds sweep workers sparsity "
-    "pruning_grid comparison baselines cerebras",
+    "selfcontained sweep_panel sweep_form sweep_cell sweep_results tick_boxes",
+    5: "plots analysis_plots plots_training plots_pruning report earlier selfcheck equivalents example_grid overview "
+    "overview_html sparsity_report plots_sparsity sparsity_results sparsity_answers sparsity_tables sparsity_html",
+    4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds prefetch sparsity_price attempts retry_rules "
+    "sweep sweep_pace workers ray_engine sparsity pruning_grid weight_pruning comparison baselines external_results",
     3: "heads facts training trainer answer_cache evaluation optimization preparation checkpoints sparse_lora "
-    "masked_adapters mask_sets calibration "
+    "masked_adapters mask_sets calibration mask_choice masked_training cerebras "
     "analysis selection journal pretrain pretrain_measure lmeval",
     2: "evaluate scoring generation tasks answers importance sparsegpt layer_inputs masks mask_files mask_statistics "
     "mask_patterns mask_selection shared_models channels",
@@ -174,12 +174,14 @@ def test_a_cycle_is_found_whatever_way_its_imports_are_written():
 @pytest.mark.parametrize(
     "package, modules",
     [
-        ("matplotlib", {"plots", "analysis_plots", "plots_training"}),
+        ("matplotlib", {"plots", "analysis_plots", "plots_training", "plots_pruning", "plots_sparsity"}),
         (
             "ipywidgets",
             {
                 *("widgets", "panel", "pruning_panel", "staged_panel", "head_map", "fine_tuning_panel"),
                 "analysis_panel",
+                "sweep_panel",
+                "tick_boxes",
             },
         ),
     ],

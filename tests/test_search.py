@@ -11,7 +11,7 @@ import pytest
 from fake_jobs import plan, process, statuses
 from typer.testing import CliRunner
 
-from nbhelpers import cli, grid, journal, search, sweep
+from nbhelpers import attempts, cli, grid, journal, search, sweep
 from nbhelpers.analysis import ExperimentAnalyzer
 from nbhelpers.ledger import Ledger
 from nbhelpers.runs import read_run
@@ -183,7 +183,8 @@ def test_a_search_keeps_to_its_budget_and_goes_on_in_the_next_run(tmp_path, monk
     from types import SimpleNamespace
 
     del fake_jobs.CLOCK[1:]
-    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: sum(fake_jobs.CLOCK)))
+    for module in (sweep, attempts):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: sum(fake_jobs.CLOCK)))
     values = wanted(base={"cost": 10})
     found = sweep.run(values, tmp_path / "s", budget=35)
     assert (found["rows"], found["done"], found["missing"], found["ended"]) == (3, 3, 5, "budget")

@@ -7,7 +7,17 @@ import json
 import pytest
 import torch
 
-from nbhelpers import evaluation, mask_sets, masked_adapters, masks, models, shared_models, sparsity, sweep, training
+from nbhelpers import (
+    evaluation,
+    mask_sets,
+    masked_adapters,
+    masked_training,
+    masks,
+    models,
+    shared_models,
+    sparsity,
+    sweep,
+)
 from nbhelpers.grid import expand, read_plan
 from nbhelpers.jobkinds import sparsity_columns
 from nbhelpers.records import read_lines
@@ -209,7 +219,7 @@ def test_peft_s_own_merge_is_reported(tmp_path, monkeypatch):
 
 
 def test_weights_that_come_alive_between_merge_and_evaluation_are_reported(tmp_path, monkeypatch):
-    own = training._merge_sparse
+    own = masked_training.merge
 
     def careless(trainable, row):
         found = own(trainable, row)
@@ -218,7 +228,7 @@ def test_weights_that_come_alive_between_merge_and_evaluation_are_reported(tmp_p
                 parameter.add_(1e-3)
         return found
 
-    monkeypatch.setattr(training, "_merge_sparse", careless)
+    monkeypatch.setattr(masked_training, "merge", careless)
     assert failed(run(tmp_path / "s" / "run")) == ["mask_holds_in_the_evaluated_model"]
 
 
@@ -288,6 +298,7 @@ def test_the_plans_of_the_suite_count_their_rows_and_can_be_read_without_the_hub
 
 def test_a_plan_says_what_it_will_do_in_all():
     found = sweep.preview("plans/sparsity_360.yaml")["price"]
+    assert 5e7 < found.pop("disk_bytes") < 3e8
     before = 2 * 3 * 3 * 9  # model, task, method, sparsity: one evaluation for both modes
     assert found == {
         "trainings": 330,
@@ -350,3 +361,10 @@ def test_a_run_that_was_stopped_in_training_goes_on_under_its_mask_and_ends_as_w
         read_lines(folder / "predictions.jsonl")[0] for folder in (tmp_path / "a" / "whole", tmp_path / "b" / "run")
     ]
     assert lines[0] == lines[1]
+
+
+def test_the_log_names_stages_and_validations_but_not_every_step(tmp_path):
+    run(tmp_path / "run", steps=6, validations=1)
+    lines = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()
+    steps = [line.split("'step': ")[1].split(",")[0] for line in lines if "training fine_tuned" in line]
+    assert steps == ["1", "6"] and any("evaluating" in line for line in lines)

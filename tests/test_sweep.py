@@ -10,8 +10,8 @@ import fake_jobs
 import pytest
 from fake_jobs import done, plan, process, statuses
 
+from nbhelpers import attempts, retry_rules, sweep
 from nbhelpers import ledger as ledgers
-from nbhelpers import sweep
 from nbhelpers.ledger import Ledger
 from nbhelpers.records import append_line, read_json, write_json
 from nbhelpers.runs import read_run
@@ -153,6 +153,100 @@ def test_a_job_whose_run_directory_does_not_say_finished_is_no_result(tmp_path, 
     assert sweep.run(plan(), tmp_path / "s")["tried"] == 0
 
 
+# ------------------------------------------------------------------------------------------------ retry rules
+
+
+@pytest.mark.parametrize(
+    "failure, config, change",
+    [
+        ("out of memory", {"micro_batch_size": None, "batch_size": 8}, {"micro_batch_size": 4}),
+        ("out of memory", {"micro_batch_size": 3, "batch_size": 8}, {"micro_batch_size": 1}),
+        ("out of memory", {"micro_batch_size": 1, "batch_size": 8}, None),
+        ("out of memory", {"batch_size": 8}, None),
+        ("diverged", {"micro_batch_size": 8, "batch_size": 8}, None),
+        ("bad input", {"micro_batch_size": 8, "batch_size": 8}, None),
+        ("error", {"micro_batch_size": 8, "batch_size": 8}, None),
+    ],
+)
+def test_only_what_ran_out_of_memory_is_tried_again_with_half_the_micro_batch(failure, config, change):
+    assert retry_rules.again(failure, config) == change
+
+
+def lines(folder, event: str) -> list[dict]:
+    return [note for notes in Ledger(folder).notes().values() for note in notes if note["event"] == event]
+
+
+def test_a_job_out_of_memory_is_tried_again_with_less_at_once_until_it_fits_and_the_record_says_so(tmp_path):
+    found = sweep.run(plan(axes={"what": ["oom above 2", "fine"]}), tmp_path / "s")  # 8 rows a step: 8, 4, 2
+    assert (found["done"], found["failed"], found["tried"], found["ended"]) == (2, 0, 4, "done")
+    assert [(line["because"], line["micro_batch_size"]) for line in lines(tmp_path / "s", "retry")] == [
+        ("out of memory", 4),
+        ("out of memory", 2),
+    ]
+    failures = [line["failure"] for line in lines(tmp_path / "s", "ended") if line["status"] == "failed"]
+    assert failures == ["out of memory"] * 2
+    sizes = [read_run(path).config["micro_batch_size"] for path in sorted((tmp_path / "s" / "runs").glob("*-[123]"))]
+    assert sorted(sizes, key=str) == [2, 4, None, None], "what a job is did not change"
+
+
+def test_a_job_that_does_not_fit_row_by_row_stays_failed_and_a_person_s_retry_begins_anew(tmp_path):
+    values = plan(base={"what": "oom above 0"})
+    assert sweep.run(values, tmp_path / "s")["failed_by_class"]["out of memory"] == 1
+    assert [line["micro_batch_size"] for line in lines(tmp_path / "s", "retry")] == [4, 2, 1]
+    assert sweep.run(values, tmp_path / "s")["tried"] == 0
+    sweep.retry(tmp_path / "s", ["out of memory"])
+    assert sweep.run(values, tmp_path / "s")["tried"] == 4
+
+
+@pytest.mark.parametrize("what, failure", [("diverge", "diverged"), ("bug", "error"), ("bad", "bad input")])
+def test_no_other_failure_is_tried_again_by_itself_and_its_traceback_stands_in_its_run(what, failure, tmp_path):
+    sweep.run(plan(base={"what": what}), tmp_path / "s")
+    (job,) = sweep.status(tmp_path / "s")["jobs"]
+    assert (job["failure"], job["tries"]) == (failure, 1) and lines(tmp_path / "s", "retry") == []
+    (error,) = [event for event in read_run(job["run_dir"]).events if event["kind"] == "error"]
+    assert error["traceback"].startswith("Traceback") and "fake_jobs.py" in error["traceback"]
+
+
+def started(reached: int) -> dict:
+    return {"event": "started", "reached": reached}
+
+
+@pytest.mark.parametrize(
+    "notes, at, count",
+    [
+        ([], 0, 0),
+        ([started(0), started(0)], 0, 2),
+        ([started(0), started(0)], 5, 0),  # it got further: that try cost nothing
+        ([started(0), started(5), started(5)], 5, 2),
+        ([started(0), {"event": "ended"}, started(0)], 0, 1),  # one that ended was not killed
+        ([started(0), started(0), {"event": "retry"}], 0, 0),  # a person asked again
+        ([{"event": "started"}], 0, 0),  # of a version that did not write how far it was
+    ],
+)
+def test_tries_count_as_killed_where_they_never_ended_and_came_no_further(notes, at, count):
+    assert retry_rules.killed(notes, at) == count
+
+
+@pytest.mark.slow
+def test_a_job_that_kills_its_process_is_given_up_with_the_reason_and_the_sweep_ends(tmp_path):
+    values = plan(axes={"what": ["kill", "fine"], "a": [1, 2]}, base={"log": str(tmp_path / "log"), "cost": 0.0})
+    codes = []
+    while not codes or codes[-1]:
+        one = process(tmp_path / "s", values)
+        one.communicate()
+        codes.append(one.returncode)
+        assert len(codes) < 20
+    assert codes == [-signal.SIGKILL] * 2 * retry_rules.KILLED + [0]
+    found = sweep.status(tmp_path / "s")
+    assert (found["done"], found["failed_by_class"]["error"], found["missing"]) == (2, 2, 0)
+    said = states(tmp_path / "s")[1, "kill"]
+    assert "its process was killed 4 times in a row before its first step" in said.error
+    assert read_run(said.run_dir).status == "failed"
+    sweep.retry(tmp_path / "s")
+    one = process(tmp_path / "s", values)
+    assert (one.communicate(), one.returncode)[1] == -signal.SIGKILL, "a person may ask again"
+
+
 # ------------------------------------------------------------------------------------------------ stop, kill, two
 
 
@@ -285,7 +379,8 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path):
 def clock(monkeypatch):
     """Time in which a fake job takes its `cost`, and nothing else takes any."""
     del fake_jobs.CLOCK[1:]
-    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: sum(fake_jobs.CLOCK)))
+    for module in (sweep, attempts):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: sum(fake_jobs.CLOCK)))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,16 +12,20 @@ import time
 from pathlib import Path
 
 import fake_jobs
+import psutil
 import pytest
 from fake_jobs import plan
 from typer.testing import CliRunner
 
 from nbhelpers import cli, grid, sweep, workers
 from nbhelpers.records import read_json, write_json
+from nbhelpers.runlock import read_owner
 from nbhelpers.runs import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "import sys, fake_jobs; from nbhelpers.cli import main; main()"  # the command, with the kind of the tests
+
+DRIVER = f"import sys; from nbhelpers import workers; workers.COMMAND = (sys.executable, '-c', {CODE!r}); {CODE}"
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +93,71 @@ def test_a_worker_that_was_killed_is_started_again_and_the_sweep_is_whole(tmp_pa
     assert (found["done"], found["missing"]) == (7, 0)
     assert sorted(fake_jobs.done(log)) == [(a, 0.0, 0) for a in range(7)]
     assert len(fake_jobs.statuses(tmp_path / "s")) > 7, "somebody died"
+
+
+@pytest.mark.slow
+def test_a_job_that_kills_its_workers_is_given_up_and_the_sweep_ends_in_one_go(tmp_path):
+    values = plan(base={"log": str(tmp_path / "log"), "cost": 0.01}, axes={"what": ["kill", "fine"], "a": [1, 2]})
+    found = workers.run(values, tmp_path / "s", 2)
+    assert (found["done"], found["failed_by_class"]["error"], found["missing"], found["ended"]) == (2, 2, 0, "done")
+
+
+def sweep_run(folder: Path, values: dict) -> subprocess.Popen:
+    """`sweep run` with two workers in a process of its own."""
+    file = folder.with_suffix(".json")
+    file.write_text(json.dumps(values))
+    words = [sys.executable, "-c", DRIVER, "sweep", "run", str(file), "--out", str(folder), "--workers", "2"]
+    return subprocess.Popen(words, stderr=subprocess.DEVNULL)
+
+
+def is_whole(folder: Path, jobs: int) -> bool:
+    """Whether every job has its result, and one run directory that finished."""
+    rows = [(row["status"], row["total"]) for row in sweep.results(folder)]
+    return rows == [("finished", a) for a in range(jobs)] and fake_jobs.statuses(folder).count("finished") == jobs
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_three_random_moments_takes_its_workers_along_and_the_same_command_goes_on(tmp_path):
+    folder, generator = tmp_path / "s", random.Random(4)
+    values = plan(base={"log": str(tmp_path / "log"), "cost": 0.4}, axes={"a": list(range(24))})
+    for _ in range(3):
+        before, driver = len(fake_jobs.statuses(folder)), sweep_run(folder, values)
+        wait_for(lambda before=before: len(fake_jobs.statuses(folder)) > before, 120)
+        time.sleep(generator.random())
+        below = psutil.Process(driver.pid).children()
+        driver.kill()
+        driver.wait()
+        wait_for(lambda below=below: not any(alive(one) for one in below), 120)
+        assert not holders(folder), "leases were given back"
+    assert sweep_run(folder, values).wait(timeout=240) == 0
+    assert is_whole(folder, 24) and "interrupted" in fake_jobs.statuses(folder)
+
+
+@pytest.mark.slow
+def test_workers_killed_at_three_random_moments_are_replaced_and_every_result_is_there_once(tmp_path):
+    folder, generator, killed = tmp_path / "s", random.Random(3), set()
+    driver = sweep_run(folder, plan(base={"log": str(tmp_path / "log"), "cost": 0.4}, axes={"a": list(range(12))}))
+    for _ in range(3):
+        wait_for(lambda: holders(folder) - killed, 120)
+        time.sleep(generator.random() * 0.3)
+        wait_for(lambda: holders(folder) - killed, 120)  # between two jobs nobody holds one
+        killed.add(pid := min(holders(folder) - killed))
+        os.kill(pid, signal.SIGKILL)
+    assert driver.wait(timeout=240) == 0
+    assert is_whole(folder, 12) and len(fake_jobs.statuses(folder)) > 12
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def holders(folder: Path) -> set[int]:
+    """Processes that hold a lease of a job."""
+    owners = [read_owner(path) for path in (folder / "leases").glob("*/lock") if path.parent.name != "plan"]
+    return {owner["pid"] for owner in owners if "token" in owner}
 
 
 def test_a_folder_without_the_plan_s_probe_is_not_the_one_that_is_shared(tmp_path):
