@@ -27,7 +27,8 @@ LEVELS = {
     5: "plots analysis_plots plots_training plots_pruning report earlier selfcheck equivalents example_grid overview "
     "overview_html sparsity_report plots_sparsity sparsity_results sparsity_answers sparsity_tables sparsity_html",
     4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds prefetch sparsity_price attempts "
-    "retry_rules sweep sweep_pace workers ray_engine sparsity pruning_grid weight_pruning comparison baselines external_results",
+    "retry_rules sweep sweep_pace workers ray_engine sparsity pruning_grid weight_pruning comparison baselines "
+    "external_results",
     3: "heads facts training trainer answer_cache evaluation optimization preparation checkpoints sparse_lora "
     "masked_adapters mask_sets calibration mask_choice masked_training cerebras "
     "analysis selection journal pretrain pretrain_measure lmeval",
