@@ -170,6 +170,10 @@ class Ledger:
             "no_longer_planned": len(self.no_longer_planned),
         }
 
+    def finished(self) -> int:
+        """How many run directories there are with a result: a look that reads none of them."""
+        return sum(1 for _ in (self.folder / "runs").glob("*/result.json"))
+
     def seconds(self) -> dict[str, float]:
         """What each finished job took, where it was done on this host."""
         return {

@@ -232,7 +232,8 @@ class Pass:
             if job := ledger.jobs.get(key):
                 self._learn(job, seconds)
         states = ledger.states()
-        self.ended = sum(not state.to_do for state in states.values())
+        self.ended = self.ended_before = sum(not state.to_do for state in states.values())
+        self.finished_before = ledger.finished()
         self.waiting = [job for job in self._in_order(states) if states[job.id].to_do and only in (None, job.id)]
 
     def _in_order(self, states: Mapping[str, State]) -> list[Job]:
@@ -333,9 +334,13 @@ class Pass:
     def _tell(self, stage: str, job: Job, **more: Any) -> None:
         log.info("%s %s %s", stage, job.id, job.name)
         if self.progress is not None:
-            where = {
-                "done": self.ended,
-                "total": len(self.ledger.jobs) + self.ledger.to_come,
-                "seconds_left": self.seconds_left(),
-            }
-            self.progress({"stage": stage, "job": job.id, "name": job.name, **where, **more})
+            self.progress({"stage": stage, "job": job.id, "name": job.name, **self._where(), **more})
+
+    def _where(self) -> dict[str, Any]:
+        """How far the sweep is, with what other processes did meanwhile; time is then left by the pace of all."""
+        total, left = len(self.ledger.jobs) + self.ledger.to_come, self.seconds_left()
+        done = max(self.ended, self.ledger.finished() - self.finished_before + self.ended_before)
+        if done > self.ended:
+            pace = (time.monotonic() - self.started) / (done - self.ended_before)
+            left = pace * (total - done)
+        return {"done": done, "total": total, "seconds_left": left}

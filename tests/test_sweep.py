@@ -441,3 +441,19 @@ def test_the_frozen_plan_holds_the_plan_its_rows_and_its_jobs(tmp_path):
     sweep.run(plan(**FOUR), tmp_path / "s")
     record = read_json(tmp_path / "s" / "plan.json")
     assert record["plan"]["axes"] == FOUR["axes"] and len(record["rows"]) == 4 == len(record["jobs"])
+
+
+def test_what_other_processes_do_meanwhile_counts_as_done_and_sets_the_pace(tmp_path, clock):
+    values, said = plan(axes={"a": [1, 2, 3, 4, 5, 6]}, base={"cost": 10}), []
+
+    def hear(now: dict) -> None:
+        said.append(now)
+        if now["stage"] == "job ended" and now["done"] == 1:
+            tried = 0
+            for row in range(1, 7):  # two of those that are left, as another worker would
+                tried += sweep.run(values, tmp_path / "s", only=row)["tried"] if tried < 2 else 0
+
+    sweep.run(values, tmp_path / "s", progress=hear)
+    ends = [now for now in said if now["stage"] == "job ended"]
+    assert [now["done"] for now in ends] == [1, 4, 5, 6] and {now["total"] for now in ends} == {6}
+    assert ends[1]["seconds_left"] == pytest.approx(40 / 4 * 2)  # four jobs of 10 s by this clock, two are left
