@@ -331,7 +331,7 @@ class FineTuner(Trainer):
         """Count, validate, report, save: everything that reads a finished step."""
         state, record = self.progress, self.record
         if self.after_update is not None:
-            pass
+            self.after_update()
         self.random_state = None  # from here on the step is whole
         step_seconds = time.perf_counter() - record.started
         state.step = self.state.global_step

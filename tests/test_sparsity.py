@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from nbhelpers import (
     evaluation,
@@ -25,6 +31,7 @@ from nbhelpers.runs import read_run
 from nbhelpers.sparsity import SparsityConfig, SparsityExperiment
 from nbhelpers.tracking import Interrupted
 
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = {"model": "tiny-gpt2", "task": "boolq", "limit": 8, "steps": 3, "batch_size": 4, "device": "cpu"}
 
 
@@ -368,3 +375,33 @@ def test_the_log_names_stages_and_validations_but_not_every_step(tmp_path):
     lines = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()
     steps = [line.split("'step': ")[1].split(",")[0] for line in lines if "training fine_tuned" in line]
     assert steps == ["1", "6"] and any("evaluating" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_plan_of_twelve_rows_killed_twice_ends_with_the_results_of_one_that_was_not(tmp_path):
+    values = yaml.safe_load((ROOT / "plans" / "sparsity_12.yaml").read_text(encoding="utf-8"))
+    values["base"] |= {"steps": 4, "limit": 16, "batch_size": 4, "checkpoint_every": 2}
+    plan, folder = tmp_path / "plan.json", tmp_path / "killed"
+    plan.write_text(json.dumps(values))
+    words = [sys.executable, "-m", "nbhelpers", "sweep", "run", str(plan), "--out", str(folder)]
+    for results, moment in ((1, 0.3), (4, 0.6)):  # so many results, and in the job after them
+        sweeping = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 240
+        while len(list(folder.glob("runs/*/result.json"))) < results:
+            assert sweeping.poll() is None and time.monotonic() < until, "it did not get so far"
+            time.sleep(0.02)
+        time.sleep(moment)
+        sweeping.kill()
+        assert sweeping.wait() == -signal.SIGKILL
+    assert sweep.status(folder)["missing"] > 0
+    last = sweep.run(plan, folder)
+    assert (last["done"], last["failed"], last["missing"], last["aliases"]) == (9, 0, 0, 3)
+    done = [path.parent.name.rpartition("-")[0] for path in folder.glob("runs/*/result.json")]
+    assert sorted(done) == sorted(set(done)) and len(done) == 9, "each job has one result"
+    sweep.run(plan, tmp_path / "whole")
+    measured = ("dense", "masked", "tuned", "tuned_low", "mask_sha256", "merge_violations", "validation_nll")
+    rows = {
+        name: [[row[key] for key in (*values["axes"], "alias", *measured)] for row in sweep.results(tmp_path / name)]
+        for name in ("killed", "whole")
+    }
+    assert rows["killed"] == rows["whole"] and len(rows["whole"]) == 12
