@@ -182,7 +182,7 @@ def _resolved_fine_tuning(config) -> dict[str, Any]:
         values |= dict.fromkeys(("lora_rank", "lora_alpha"))
     for name in (*mask_choice.FIELDS, "mode", "masks"):
         if not config.is_masked:  # a job without a mask is what it was before there were masks
-            pass
+            values.pop(name)
         elif config.masks is not None and name in mask_choice.FIELDS and name != "sparsity":
             values[name] = None
     if config.is_masked:
