@@ -30,7 +30,8 @@ from pathlib import Path
 import psutil
 from soak import environment, processor, torch_version
 
-KILLS, A_SWEEP = 20, 5  # in all of a kind, and of one sweep
+KILLS = 20  # in all of a kind
+A_SWEEP = 3  # of one sweep: a job that is hit oftener before its first step is given up, as retry_rules says
 LATEST_SECONDS = 2.0  # after a job was seen at work
 PATIENCE_SECONDS = 300
 MARK = "<!-- soak_sweep: made by benchmarks/soak_sweep.py -->"
@@ -202,6 +203,14 @@ def carry_out(kind: str, kills: int, plan: Path, place: Path, whole: list[dict],
     return {"kind": kind, "kills": [vars(kill) for kill in fell], "sweeps": sweeps, "seconds": seconds}
 
 
+def with_known(kinds: list[dict], path: Path) -> list[dict]:
+    """With those kinds of kills that were measured before and not now."""
+    known = json.loads(path.read_text())["kinds"] if path.exists() else []
+    now = {kind["kind"]: kind for kind in kinds}
+    found = {kind["kind"]: kind for kind in known} | now
+    return [found[kind] for kind in KINDS if kind in found]
+
+
 def markdown(found: dict) -> str:
     """The README's section, every number from `found`."""
     machine, kinds = found["machine"], found["kinds"]
@@ -237,7 +246,6 @@ def main() -> int:
     from nbhelpers import sweep
 
     os.environ.update(environment())
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nbhelpers-soak-") as folder:
         place, plan = Path(folder), Path(folder) / "plan.json"
         plan.write_text(json.dumps(PLAN))
@@ -245,9 +253,11 @@ def main() -> int:
         whole = rows(place / "whole")
         kinds = [carry_out(kind, options.kills, plan, place, whole, jobs) for kind in options.kinds]
     machine = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-    found = {"kinds": kinds, "jobs": jobs, "seconds": round(time.monotonic() - began, 1)}
+    out = Path(options.out)
+    kinds = with_known(kinds, out / "soak_sweep.json")
+    found = {"kinds": kinds, "jobs": jobs, "seconds": round(sum(kind["seconds"] for kind in kinds), 1)}
     found["machine"] = machine | {"torch": torch_version()}
-    text, out = markdown(found), Path(options.out)
+    text = markdown(found)
     out.mkdir(parents=True, exist_ok=True)
     (out / "soak_sweep.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     (out / "soak_sweep.md").write_text(text)

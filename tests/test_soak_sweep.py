@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from test_benchmarks import load
+
+from nbhelpers import retry_rules
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +53,17 @@ def test_the_table_says_what_was_found(soak_sweep):
     assert text.startswith("8 SIGKILLs at seeded random moments of 2 sweeps of 9 sparsity jobs")
     assert "1 of 2 sweeps had exactly the planned results" in text
     assert text.splitlines()[-1] == "| a worker | 8 | 2 | 1, FAILED: equal | 5.0e-01 | 60 |"
+
+
+def test_kinds_that_were_measured_before_stay_and_are_replaced_where_measured_again(soak_sweep, tmp_path):
+    path = tmp_path / "soak_sweep.json"
+    worker, old, new = (
+        {"kind": kind, "at": at} for kind, at in (("a worker", 1), ("Ray's head", 1), ("Ray's head", 2))
+    )
+    assert soak_sweep.with_known([new], path) == [new]
+    path.write_text(json.dumps({"kinds": [old, worker]}))
+    assert soak_sweep.with_known([new], path) == [worker, new]
+
+
+def test_no_sweep_has_so_many_kills_that_a_job_is_rightly_given_up(soak_sweep):
+    assert soak_sweep.A_SWEEP < retry_rules.KILLED
