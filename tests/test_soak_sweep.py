@@ -57,7 +57,8 @@ def test_the_table_says_what_was_found(soak_sweep):
 
 def test_kinds_that_were_measured_before_stay_and_are_replaced_where_measured_again(soak_sweep, tmp_path):
     path = tmp_path / "soak_sweep.json"
-    worker, old, new = (
+    head = "Ray's head"
+    worker, old, new = ({"kind": kind, "at": at} for kind, at in (("a worker", 1), (head, 1), (head, 2)))
         {"kind": kind, "at": at} for kind, at in (("a worker", 1), ("Ray's head", 1), ("Ray's head", 2))
     )
     assert soak_sweep.with_known([new], path) == [new]
