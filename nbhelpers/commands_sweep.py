@@ -304,7 +304,7 @@ def show_report(found: dict[str, Any]) -> str:
     lines = [f"{found['finished']} of {found['rows']} rows finished, {found['facts_failed']} runs with a false fact"]
     lines.append(f"highest sparsity within {found['tolerance']:g} of the tuned dense model:")
     for one in found["headline"]:
-        where = "none" if one["sparsity"] is None else f"{one['sparsity']:g}"
+        where = ("none" if one["known"] else "?") if one["sparsity"] is None else f"{one['sparsity']:g}"
         lines.append(f"  {where:>5}  {one['model']} {one['task']} {one['method']} {one['mode']}")
     if told := found["compared"]:
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in told.items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def read(
     header = [name for name in reader.fieldnames or () if name]
     if len(header) == 1 and ";" in header[0]:
         raise ValueError(f"'{path}' has semicolons between its columns: save it with commas")
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise ValueError(f"'{path}' has the column {twice[0]!r} twice: give each a name of its own")
     mapped = _mapped(mapped, header, protocol)
     found, seen = [], {}
     for line in reader:
@@ -209,7 +212,8 @@ def counts(found: Mapping[str, Any]) -> dict[str, int]:
 def said(found: Mapping[str, Any]) -> list[str]:
     """Sentences: how many met, how many lie outside our interval, and which of either side have no partner."""
     told = counts(found)
-    lines = [f"{told['matched']} cells of ours stand beside {found['source']}, by {', '.join(found['keys'])}"]
+    cells = len({row["row"] for row in found["rows"]})
+    lines = [f"{cells} cells of ours stand beside {found['source']}, by {', '.join(found['keys'])}"]
     lines.append(f"theirs is outside our 95 % interval in {told['outside']} of them")
     lines += [f"{told['not_measured']} of ours are not measured"] if told["not_measured"] else []
     for side, name in (("theirs", "theirs_alone"), ("ours", "ours_alone")):

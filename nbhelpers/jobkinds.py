@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nbhelpers.grid import KINDS, JobKind
-from nbhelpers.records import sha256_known
+from nbhelpers.records import sha256_json, sha256_known
 
 STAGES = ("baseline", "pruned", "fine_tuned", "control")
 
@@ -262,7 +262,10 @@ def _evaluation_reads(config) -> dict[str, str]:
     from nbhelpers.evaluation import questions
 
     wanted = {name: getattr(config, name) for name in ("shots", "shots_data", "limit")}
-    return {f"{config.task} of {config.data or 'the hub'}": questions(config.task, config.data, **wanted)[0].sha256}
+    rows, asked = questions(config.task, config.data, **wanted)
+    told = ", ".join(f"{name} {value}" for name, value in wanted.items() if value is not None)
+    told = f"{config.task} of {config.data or 'the hub'}" + (f", {told}" if told else "")
+    return {told: rows.sha256, f"{told}, as asked": sha256_json([vars(one) for one in asked])}
 
 
 def _sparsity_reads(config) -> dict[str, str]:
@@ -270,7 +273,8 @@ def _sparsity_reads(config) -> dict[str, str]:
 
     rows, _, corpus = SparsityExperiment._check(config)
     told = f"{config.task} of {config.data or 'the hub'}" + (f", first {config.limit}" if config.limit else "")
-    return {told: rows.sha256, f"{told}, training rows": corpus.sha256}
+    train = f", training rows of {config.train_data}" if config.train_data else ", training rows"
+    return {told: rows.sha256, told + train: corpus.sha256}
 
 
 def _text_file(source: str) -> str | None:

@@ -47,6 +47,11 @@ FIELDS = ("sparsity", "pattern", "importance", "scope", "dimension", "calibratio
 def check_fields(config: Any) -> None:
     """ValueError, LookupError: the fields that choose a mask contradict each other."""
     importance.needs_data(config.importance)  # LookupError for one that there is not
+    if getattr(config, "masks", None) is not None:
+        how, fields = ("pattern", "importance", "scope", "dimension"), type(config).model_fields
+        given = [name for name in how if getattr(config, name) != fields[name].default]
+        if given:
+            raise ValueError(f"masks names a mask that is there, so {', '.join(given)} decides nothing: leave one out")
     sparsity, pattern = config.sparsity or 0.0, config.pattern
     if pattern == "nm" and (masks.exact(sparsity) * mask_sets.GROUP).denominator != 1:
         raise ValueError(

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nbhelpers import grid, jobkinds, models, records
+from nbhelpers import adapters, grid, jobkinds, mask_choice, models, records
 from nbhelpers.grid import Plan
 
 FORMAT = 1
 KINDS = jobkinds.KINDS  # of jobs that a plan may name
-MODEL_FIELDS = ("model", "control", "adapter")
+MODEL_FIELDS, MASKS = ("model", "control", "adapter"), "masks"
 DATA_FIELDS = ("text", "task", "data", "train_data", "shots_data", "shots", "limit")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OTHERS = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*", "vocab*", "merges*")  # config and tokenizer; no code
@@ -36,9 +36,13 @@ def fetch(
     found: dict[str, dict[str, Any]] = {"models": {}, "data": {}}
     seen = set()
     named = {config.get(field) for config in configs for field in MODEL_FIELDS}
-    for name in sorted(name for name in named if isinstance(name, str)):
+    waiting = sorted(name for name in named if isinstance(name, str))
+    for name in waiting:  # that of adapters brings the one they belong on
         tell({"stage": "fetching model", "name": name})
         found["models"][name] = _model(name)
+        waiting += [base for base in _below(name) if base not in waiting]
+    for place in sorted({config[MASKS] for config in configs if config.get(MASKS)}):
+        found["data"][f"masks {place}"] = records.sha256_known(mask_choice.file_in(place))
     for config in configs:
         asked = tuple(config.get(field) for field in DATA_FIELDS)
         if asked not in seen:
@@ -62,6 +66,12 @@ def _model(name: str) -> dict[str, Any]:
     hashed = {path.relative_to(folder).as_posix(): records.sha256_known(path) for path in files}
     size = sum(path.stat().st_size for path in files)
     return {"source": source, "revision": revision, "bytes": size, "files": hashed}
+
+
+def _below(name: str) -> list[str]:
+    source, location = models.locate(name)
+    below = None if source == "hub" else adapters.base_of(location)
+    return [below["model"]] if below and below["model"] else []
 
 
 def _snapshot(name: str, hub_id: str) -> str:

@@ -372,6 +372,10 @@ def _answers(head: str) -> bool:
     return True
 
 
+# in the command lines of its processes: of the package's own folders, as a home or an image may be called ray too
+OF_RAY = tuple(f"{os.sep}ray{os.sep}{part}{os.sep}" for part in ("_private", "core", "dashboard", "autoscaler"))
+
+
 def _below() -> list[Any]:
     """Processes below this one that are Ray's."""
     import psutil
@@ -380,7 +384,7 @@ def _below() -> list[Any]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if any(word.startswith("ray::") or f"{os.sep}ray{os.sep}" in word for word in words):
+            if any(word.startswith("ray::") or any(part in word for part in OF_RAY) for word in words):
                 found.append(process)
     return found
 

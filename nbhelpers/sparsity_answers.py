@@ -7,6 +7,7 @@ seeds: what a second training would change is in it only where the plan has seve
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def methods_compared(
     cells: dict[tuple, dict[str | None, list[ResultRow]]] = {}
     for row in _proved(found):
         if row.sparsity == sparsity and row.importance in (first, second):
-            key = (row.model, row.task, row.pattern, row.scope, row.mode, row.seed)
+            key = (row.model, row.task, row.pattern, row.scope, row.mode, row.seed, row.setting)
             cells.setdefault(key, {}).setdefault(row.importance, []).append(row)
     pairs = [(cell[first][0], cell[second][0]) for cell in cells.values() if sorted(map(len, cell.values())) == [1, 1]]
     return differences(folder, pairs)
@@ -125,7 +126,7 @@ def answers(folder: str | Path, found: Sequence[ResultRow]) -> list[dict[str, An
 
     {model, task, metric, chance, dense (tuned, sparsity 0: {tuned, tuned_low, tuned_high} or None), masked_at (the
     highest sparsity of the plan), masked ({method: accuracy before tuning}), modes, methods (entries of
-    `modes_compared` and `methods_compared`, or None)}.
+    `modes_compared` and `methods_compared`, or None)}. dense and masked are means over seeds.
     """
     modes = {(one["model"], one["task"]): one for one in modes_compared(folder, found)}
     methods = {(one["model"], one["task"]): one for one in methods_compared(folder, found)}
@@ -133,23 +134,33 @@ def answers(folder: str | Path, found: Sequence[ResultRow]) -> list[dict[str, An
     for model, task in [*dict.fromkeys((row.model, row.task) for row in found), (None, None)]:
         here = [row for row in found if (row.model, row.task) == (model, task)]
         proved = [row for row in here if row.all_facts_hold and row.tuned is not None]
-        dense = next((row for row in proved if row.sparsity == 0), None)
+        dense = {row.job: row for row in proved if row.sparsity == 0}.values()
         top = max((row.sparsity for row in here), default=0.0)
-        interval = ("tuned", "tuned_low", "tuned_high")
+        masked: dict[str, list[float]] = {}
+        for row in {row.job: row for row in proved if row.sparsity == top > 0 and row.masked is not None}.values():
+            masked.setdefault(row.method, []).append(row.masked)
         told.append(
             {
                 "model": model,
                 "task": task,
                 "metric": next((row.metric for row in here if row.metric), None),
                 "chance": next((row.chance for row in here if row.chance is not None), None),
-                "dense": dense and {name: getattr(dense, name) for name in interval},
+                "dense": _level(list(dense)),
                 "masked_at": top or None,
-                "masked": {row.method: row.masked for row in proved if row.sparsity == top > 0},
+                "masked": {method: statistics.fmean(values) for method, values in masked.items()},
                 "modes": modes.get((model, task)),
                 "methods": methods.get((model, task)),
             }
         )
     return told
+
+
+def _level(dense: Sequence[ResultRow]) -> dict[str, Any] | None:
+    """The tuned dense model with its interval over documents; of several seeds the mean, which has none here."""
+    if not dense:
+        return None
+    interval = {name: getattr(dense[0], name) if len(dense) == 1 else None for name in ("tuned_low", "tuned_high")}
+    return {"tuned": statistics.fmean(row.tuned for row in dense), **interval}
 
 
 def difference_said(one: Mapping[str, Any] | None, of_difference: str) -> str:

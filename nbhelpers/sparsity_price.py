@@ -29,11 +29,11 @@ def price(configs: Sequence[Config]) -> dict[str, Any]:
     asked = ("model", "task", "data", "limit", "shots", "dtype")
     how = ("pattern", "importance", "scope", "dimension", "seed")
     looks = {name: importance.needs_data(name) for name in {config["importance"] for config in masked}}
-    dense, masked_alone = _distinct(configs, asked), _distinct(masked, (*asked, *how, "sparsity"))
-    scored = set()
+    dense, masked_alone, scored = _distinct(configs, asked), set(), set()
     for config in masked:
         seeded = looks[config["importance"]] or config["importance"] == "random"
         same = [config[name] for name in how if name != "seed" or seeded]
+        masked_alone.add((*(config[name] for name in asked), *same, config["sparsity"]))
         scored.add((config["model"], *same, looks[config["importance"]] and config["task"]))
     loads = sum(one["model"] != before["model"] for before, one in itertools.pairwise(configs)) + bool(configs)
     trainings = sum(config["tuning"] == "lora" for config in configs)

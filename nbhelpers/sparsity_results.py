@@ -18,6 +18,7 @@ from nbhelpers import predictions, records, sweep
 from nbhelpers.ledger import Ledger
 
 KEYS = ("model", "task", "sparsity", "mode", "seed")  # axes that have a place of their own in the tables
+CHOOSING = {"pattern", "importance", "scope", "dimension"}  # fields that choose which weights go
 TOLERANCE = 0.02  # points of the task's measure below the tuned dense model that still pass
 RUNS = "runs"  # where a sweep keeps its run directories
 
@@ -35,6 +36,7 @@ class ResultRow(BaseModel):
     scope: str | None = Field(description="what a weight is compared with")
     mode: str | None = Field(description="sparse_to_dense or sparse_to_sparse; dense at sparsity 0")
     sparsity: float = Field(ge=0, le=1, description="share of the projections' weights that was asked to go")
+    setting: str = Field("", description="the values of those of these axes that do not choose weights")
     seed: int = Field(description="seed of random scores, calibration rows, data order and adapters")
     dtype: str | None = Field(None, description="number format of the weights")
     device: str | None = Field(None, description="what it ran on")
@@ -88,6 +90,8 @@ def rows(folder: str | Path, tolerance: float = TOLERANCE) -> list[ResultRow]:
         method = _label(place.values) or f"{config['pattern']} by {config['importance']}"
         known = {name: config[name] for name in ("model", "task", "pattern", "importance", "scope", "mode", "sparsity")}
         named = {name: cell.get(name) for name in ResultRow.model_fields if name in cell}
+        beside = {name: value for name, value in place.values.items() if not CHOOSING & _fields(ledger.plan, name)}
+        named["setting"] = _label(beside)
         if cell["status"] == "finished":
             same = tuple(config.get(name) for name in ("task", "data", "train_data", "shots", "limit"))
             if same not in asked:
@@ -97,6 +101,12 @@ def rows(folder: str | Path, tolerance: float = TOLERANCE) -> list[ResultRow]:
             ResultRow(**{**named, **known, "row": number, "method": method, "seed": config["seed"], "job": place.job})
         )
     return judged(found, tolerance)
+
+
+def _fields(plan: Mapping[str, Any], axis: str) -> set[str]:
+    """The config fields that an axis of a plan sets."""
+    values = plan["axes"].get(axis)
+    return set(next(iter(values.values()), {})) if isinstance(values, Mapping) else {axis}
 
 
 def _label(values: Mapping[str, Any]) -> str:
@@ -134,17 +144,20 @@ def _same_start(one: ResultRow, other: ResultRow) -> bool:
 
 def headline(found: Sequence[ResultRow]) -> list[dict[str, Any]]:
     """By model, task, method, mode and seed the highest sparsity within tolerance, all lower ones of the plan being
-    measured, proved and within it too, with its interval; sparsity None where not even the lowest one is."""
+    measured, proved and within it too, with its interval; sparsity None where not even the lowest one is.
+
+    known: False where a cell that is not judged yet ended it, so that it may come to more."""
     best = []
     for key, cells in _groups(found).items():
-        last = None
+        last, known = None, True
         for row in sorted((row for row in cells if row.sparsity > 0), key=lambda row: row.sparsity):
             if not row.within_tolerance:
+                known = row.within_tolerance is not None
                 break
             last = row
         told = dict(zip(("model", "task", "method", "mode", "seed"), key, strict=True))
         interval = {name: getattr(last, name) if last else None for name in ("tuned", "tuned_low", "tuned_high")}
-        best.append({**told, "sparsity": last.sparsity if last else None, **interval})
+        best.append({**told, "sparsity": last.sparsity if last else None, "known": known, **interval})
     return best
 
 

@@ -14,7 +14,10 @@ Table = tuple[list[str], list[list[str]]]
 def lead(found: Sequence[ResultRow], told: Sequence[Mapping[str, Any]], tolerance: float) -> list[str]:
     """The answer in one or two sentences: how much can go, and whether filling the zeros helps."""
     least: dict[tuple, float] = {}  # of all seeds, so that none is picked
-    for one in headline(found):
+    best = headline(found)
+    for one in best:
+        if one["sparsity"] is None and not one["known"]:
+            continue
         key = (one["model"], one["task"], one["method"], one["mode"])
         least[key] = min(least.get(key, 1.0), one["sparsity"] or 0.0)
     tops: dict[tuple[str, str], float] = {}
@@ -25,13 +28,18 @@ def lead(found: Sequence[ResultRow], told: Sequence[Mapping[str, Any]], toleranc
         return ["No cell is measured yet."]
     if not any(row.within_tolerance is not None and row.sparsity > 0 for row in found):
         sentences = ["No masked cell can be judged yet: it takes a tuned dense model beside it."]
+    elif not tops:
+        sentences = ["How far one can go is not known yet: cells at the lowest sparsities are missing."]
+    elif not any(tops.values()) and not all(one["known"] for one in best):
+        sentences = [f"So far no method and mode keeps accuracy {within}; cells at low sparsities are missing."]
     elif not any(tops.values()):
         sentences = [f"No method and mode keeps accuracy {within} even at the lowest sparsity of the plan."]
     else:
         low, high = min(tops.values()), max(tops.values())
         where = f"{100 * high:g} %" if low == high else f"{100 * low:g} % to {100 * high:g} %"
         of = "" if len(tops) == 1 else " of each model and task"
-        sentences = [f"Accuracy stays {within} up to a sparsity of {where}, with the best method and mode{of}."]
+        so_far = "Accuracy" if all(one["known"] for one in best) else "So far accuracy"
+        sentences = [f"{so_far} stays {within} up to a sparsity of {where}, with the best method and mode{of}."]
     overall = told[-1] if told else {}
     if (overall.get("modes") or {}).get("difference") is not None:
         both = difference_said(overall["modes"], "")
@@ -73,7 +81,8 @@ def headline_table(found: Sequence[ResultRow]) -> Table:
     lines: dict[tuple, dict[str, str]] = {}
     for one in best:
         key = (one["model"], one["task"], one["method"], *([str(one["seed"])] if several else []))
-        there = "none" if one["sparsity"] is None else f"{100 * one['sparsity']:g} %"
+        none = "none" if one["known"] else "not known yet"
+        there = none if one["sparsity"] is None else f"{100 * one['sparsity']:g} %"
         there += "" if one["tuned"] is None else f": {value_said(one['tuned'], one['tuned_low'], one['tuned_high'])}"
         lines.setdefault(key, {})[str(one["mode"])] = there
     names = ["model", "task", "method", *(["seed"] if several else []), *(mode.replace("_", " ") for mode in modes)]

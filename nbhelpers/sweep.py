@@ -232,7 +232,8 @@ class Pass:
             if job := ledger.jobs.get(key):
                 self._learn(job, seconds)
         states = ledger.states()
-        self.ended = self.ended_before = sum(not state.to_do for state in states.values())
+        over = [state for state in states.values() if not state.to_do and state.status != "running"]
+        self.ended = self.ended_before = len(over)
         self.finished_before = ledger.finished()
         self.waiting = [job for job in self._in_order(states) if states[job.id].to_do and only in (None, job.id)]
 

@@ -61,7 +61,7 @@ def written(values: Sequence[Any]) -> str:
     >>> written([0.0, 0.5]), written(["a", "b"])
     ('0, 0.5', 'a, b')
     """
-    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return ", ".join(repr(value).removesuffix(".0") if isinstance(value, float) else str(value) for value in values)
 
 
 def _several(kind: type) -> Any:
@@ -268,8 +268,8 @@ def new_name() -> str:
 
 def commands(folder: str) -> dict[str, str]:
     """The sweep carried on elsewhere: by command, by several processes, on a cluster."""
-    plan = f"{folder}/{PLAN}"
-    probe = f"{folder}/{workers.FOLDER}/{workers.PLAN}"
+    plan, probe = shlex.quote(f"{folder}/{PLAN}"), shlex.quote(f"{folder}/{workers.FOLDER}/{workers.PLAN}")
+    folder = shlex.quote(folder)
     return {
         "one process": f"nbhelpers sweep run {plan} --out {folder}",
         "two processes of this machine": f"nbhelpers sweep run {plan} --out {folder} --workers 2",

@@ -32,7 +32,6 @@ SAME = (
 )
 STEPS, DOCUMENTS = 2, 4  # of the first pilot
 PILOTS = 8  # at most: the last one has 128 times as many
-EVALUATIONS = 3  # of the documents in a pilot: as it is, masked, tuned
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def pilot(
             used = time.perf_counter() - begun
             if number and used > seconds / 2:  # the next one would take as long as all so far
                 break
-    return _fitted(*timed[-2:], evaluations=EVALUATIONS if config["sparsity"] else 2)
+    return _fitted(*timed[-2:], evaluations=1 + bool(config["sparsity"]) + (config["tuning"] == "lora"))
 
 
 def _fitted(one: tuple, other: tuple, evaluations: int) -> Pace:

@@ -18,6 +18,7 @@ import ipywidgets
 from jinja2 import Environment
 
 from nbhelpers import colab, durations, estimates, models, notebook, plots, runtime, sweep, sweep_cell, workers
+from nbhelpers.errors import one_line
 from nbhelpers.ledger import Ledger
 from nbhelpers.overview_html import coverage_html
 from nbhelpers.panel import NOTE, Panel, guarded
@@ -280,7 +281,7 @@ class SweepPanel(Panel):
 
     def lines(self, config: SweepConfig) -> Mapping[str, str]:
         folder = os.path.relpath(self.place(config))
-        python = f"from nbhelpers import sweep\nsweep.run('{folder}/{PLAN}', '{folder}')"
+        python = f"from nbhelpers import sweep\nsweep.run({f'{folder}/{PLAN}'!r}, {folder!r})"
         return commands(folder) | {
             "papermill": papermill_line(config, self.notebook_name, self.parameters),
             "Python": python,
@@ -346,6 +347,14 @@ class SweepPanel(Panel):
         if Panel._drive is None:
             return
         source, target = self.seen.folder, Panel._drive / self.seen.folder.name
+        if source.resolve() == target.resolve():  # it goes on in Drive itself
+            return
+        try:
+            self._copy(job, source, target)
+        except (OSError, shutil.Error) as error:  # the sweep goes on without its copy
+            self.last.append(f"not copied to Drive: {one_line(error)}")
+
+    def _copy(self, job: str, source: Path, target: Path) -> None:
         for path in (*source.glob(f"runs/{job}-*"), *source.glob("runs/.masks"), source / workers.FOLDER):
             if path.is_dir():
                 shutil.copytree(path, target / path.relative_to(source), dirs_exist_ok=True)

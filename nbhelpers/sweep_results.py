@@ -137,6 +137,8 @@ class SweepResults:
     def _highest(self, model: str, task: str, seed: int) -> str:
         here = [one for one in headline(self.rows) if (one["model"], one["task"], one["seed"]) == (model, task, seed)]
         says = f"{plots._short(model)} on {task}: "
+        if not any(one["sparsity"] for one in here) and not all(one["known"] for one in here):
+            return f"{says}not known yet, cells at the lowest sparsities are missing"
         if not any(one["sparsity"] for one in here):
             rule = f"within {self.tolerance:g} of the tuned dense model"
             return f"{says}no sparsity of the plan stays {rule}, whatever the method and mode"
@@ -235,7 +237,7 @@ def _link(path: Path, place: Path) -> None:
 
 def _where(one: Mapping[str, Any]) -> str:
     if one["sparsity"] is None:
-        return "none"
+        return "none" if one["known"] else "not known yet"
     return f"{one['sparsity']:.0%} ({one['tuned']:.3f}{_between(one['tuned_low'], one['tuned_high'])})"
 
 

@@ -216,7 +216,7 @@ class WeightPruningExperiment(PruningExperiment):
             "kind": self.kind,
             "model": config.model,
             "what": config.what,
-            "strategy": f"{config.what} by {config.importance}",
+            "strategy": f"{config.what} by {chosen_by(went, config)}",
             "level": config.sparsity,
             **{stage: shown(by_stage.get(stage)) for stage in ("baseline", "pruned", "fine_tuned", "control")},
             **outcome(perplexities),
@@ -230,6 +230,11 @@ class WeightPruningExperiment(PruningExperiment):
             **self._told(corpus, window),
             "model_dir": str(model_dir),
         }
+
+
+def chosen_by(went: Mapping[str, Any], config: Any) -> str:
+    """What ranked the weights: of a stored mask what its file says."""
+    return (went.get("mask") or {}).get("importance") or config.importance
 
 
 def gain(went: Mapping[str, Any]) -> str:

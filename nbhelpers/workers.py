@@ -90,7 +90,7 @@ def run(
     """
     if count < 1:
         raise ValueError(f"workers must be at least 1, got {count}")
-    sweep.parse_budget(budget)
+    allowed = sweep.parse_budget(budget)
     folder = Path(folder)
     lay_down(plan, folder)
     before, started, restarts = sweep.status(folder), time.monotonic(), RESTARTS
@@ -102,11 +102,12 @@ def run(
                 raise KeyboardInterrupt
             killed = [worker for worker in workers if (worker.poll() or 0) < 0]
             for worker in killed:
+                left = allowed - (time.monotonic() - started)
                 free = began_a_job(Ledger(folder), {**this_process(), "pid": worker.pid})
-                if free or restarts:
+                if (free or restarts) and left > 0:
                     restarts -= not free
                     workers.remove(worker)
-                    workers.append(_start(folder, count, budget))
+                    workers.append(_start(folder, count, None if budget is None else round(left, 3)))
             if all(worker.poll() is not None for worker in workers):
                 break
             time.sleep(LOOK_SECONDS)

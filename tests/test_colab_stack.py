@@ -38,7 +38,11 @@ def test_a_notebook_runs_from_top_to_bottom_with_its_widgets(path, tmp_path, mon
     done = kernels.execute(notebook, tmp_path / "notebooks")
     source = "\n".join(cell.source for cell in code_cells(path))
     tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
-    runs = [read_run(run) for run in (tmp_path / "runs").iterdir()] if headless.RUN_TAG in tags else []
+    runs = (
+        [read_run(found.parent) for found in (tmp_path / "runs").glob("*/manifest.json")]
+        if headless.RUN_TAG in tags
+        else []
+    )
     assert [run.status for run in runs] == ["finished"] * tags.count(headless.RUN_TAG)
     assert all(run.result["all_facts_hold"] for run in runs)
     assert (kernels.shown_widgets(done) > 0) == ("panel.show()" in source), "a form is displayed where there is one"

@@ -125,3 +125,9 @@ def test_a_cell_of_ours_without_a_number_is_matched_and_says_so(tmp_path):
     (beside,) = found["rows"]
     assert (beside["ours"], beside["difference"], beside["outside"], beside["status"]) == (None, None, None, "diverged")
     assert counts(found)["not_measured"] == 1 and "1 of ours are not measured" in external_results.said(found)
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("sparsity,value,value,protocol\n0.5,0.9,0.1,p\n")
+    with pytest.raises(ValueError, match="has the column 'value' twice: give each a name of its own"):
+        external_results.read(tmp_path / "x.csv")

@@ -118,3 +118,14 @@ def test_the_sha256_of_training_rows_is_the_fingerprint_of_the_run(tmp_path):
     assert prefetch.fetch(PLAN)["data"]["boolq of bundled, first 8, training rows"] == (
         sparsity.training_text(config).sha256
     )
+
+
+def test_adapters_bring_the_model_they_belong_on(tmp_path):
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny-gpt2"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    plan = {"kind": "evaluation", "base": {"model": str(folder), "task": "boolq", "data": "bundled"}}
+    found = prefetch.fetch({**plan, "axes": {"limit": [1, 2]}})
+    assert set(found["models"]) == {str(folder), "tiny-gpt2"}
+    assert len({name for name in found["data"] if "limit" in name}) == 4, "each limit has lines of its own"

@@ -59,8 +59,6 @@ def test_kinds_that_were_measured_before_stay_and_are_replaced_where_measured_ag
     path = tmp_path / "soak_sweep.json"
     head = "Ray's head"
     worker, old, new = ({"kind": kind, "at": at} for kind, at in (("a worker", 1), (head, 1), (head, 2)))
-        {"kind": kind, "at": at} for kind, at in (("a worker", 1), ("Ray's head", 1), ("Ray's head", 2))
-    )
     assert soak_sweep.with_known([new], path) == [new]
     path.write_text(json.dumps({"kinds": [old, worker]}))
     assert soak_sweep.with_known([new], path) == [worker, new]

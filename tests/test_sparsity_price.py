@@ -25,6 +25,13 @@ def test_both_modes_of_a_mask_share_one_answer_before_tuning():
     }
 
 
+def test_a_mask_that_no_seed_decides_is_answered_once_for_all_seeds():
+    several = [config | {"seed": seed} for seed in (0, 1, 2) for config in configs()]
+    assert sparsity_price.price(several)["evaluations"] == 9 + 1 + 1
+    drawn = [config | {"importance": "random"} for config in several]
+    assert sparsity_price.price(drawn)["evaluations"] == 9 + 1 + 3
+
+
 def test_disk_grows_by_what_is_kept_and_by_nothing_else():
     alone = sparsity_price.price(configs())["disk_bytes"]
     records = 3 * (sparsity_price.RUN_BYTES + 2 * 20 * sparsity_price.ANSWER_BYTES + 10 * sparsity_price.STEP_BYTES)

@@ -48,6 +48,26 @@ def test_a_cell_that_is_missing_passes_nothing_and_ends_the_headline():
     assert judged([cell(2, 0.3, 0.8)])[0].within_tolerance is None, "without a dense run there is nothing to compare"
 
 
+def test_a_cell_that_is_missing_is_no_answer_that_nothing_stays_within_tolerance():
+    half_done = judged([cell(1, 0, 0.80), cell(2, 0.1, None), cell(3, 0.5, 0.80), cell(4, 0.9, 0.30)])
+    (best,) = headline(half_done)
+    assert (best["sparsity"], best["known"]) == (None, False)
+    said = summary(half_done)
+    assert "not known yet: cells at the lowest sparsities are missing" in said and "No method" not in said
+    below = judged([cell(1, 0, 0.80), cell(2, 0.1, 0.5)])
+    assert headline(below)[0]["known"] and "No method and mode keeps accuracy" in summary(below)
+    going = judged([cell(1, 0, 0.80), cell(2, 0.1, 0.80), cell(3, 0.5, None)])
+    assert "So far accuracy stays within 0.02 of the tuned dense model up to a sparsity of 10 %" in summary(going)
+
+
+def test_of_several_seeds_the_mean_is_shown_and_none_is_picked():
+    rows = [cell(1, 0, 0.8), cell(2, 0, 0.6, seed=1)]
+    rows += [cell(3, 0.5, 0.5, masked=0.3), cell(4, 0.5, 0.5, seed=1, masked=0.5)]
+    here, _ = sparsity_answers.answers("no such sweep", judged(rows))
+    assert here["dense"] == {"tuned": pytest.approx(0.7), "tuned_low": None, "tuned_high": None}
+    assert list(here["masked"].values()) == [pytest.approx(0.4)]
+
+
 def test_another_model_task_or_seed_is_not_what_a_row_is_compared_with():
     rows = [cell(1, 0, 0.9), cell(2, 0, 0.5, task="u"), cell(3, 0.5, 0.5, task="u"), cell(4, 0.5, 0.5)]
     assert [row.within_tolerance for row in judged(rows)] == [True, True, True, False]
@@ -249,6 +269,8 @@ def test_methods_are_compared_where_nothing_but_the_importance_differs(tmp_path)
     one, _ = methods_compared(tmp_path, rows)
     assert (one["cells"], one["difference"]) == (2, pytest.approx((3 / 4 + 2 / 4) / 2))
     assert methods_compared(tmp_path, rows, "wanda", "random") == []
+    longer = [row.model_copy(update={"setting": "steps 20"}) for row in rows]
+    assert methods_compared(tmp_path, rows + longer)[0]["cells"] == 4, "another axis beside them hides no cell"
 
 
 def test_the_summary_begins_with_the_answers(tmp_path):
