@@ -131,9 +131,10 @@ def run(
     fit by the measured cost of jobs like it (the first one always is). An interrupt ends the sweep cleanly.
     """
     allowed = parse_budget(budget)
-    expansion = opened(plan)
-    if only is not None and expansion.plan.search is not None:
+    plan = grid.read_plan(plan)
+    if only is not None and plan.search is not None:
         raise ValueError(f"only names a row of a grid, got {only}: the trials of a search come one by one")
+    expansion = opened(plan)
     ledger = laid_down(expansion, folder)
     if only is not None and not 1 <= only <= len(ledger.rows):
         raise ValueError(f"only must be the number of a row, 1 to {len(ledger.rows)}, got {only}")
