@@ -456,7 +456,7 @@ class LabPage:
         link = self.page.locator(f".{name} a[download]")
         if not link.count():
             self.press(name)
-            link.wait_for(timeout=STEP_SECONDS * 3000)
+            link.wait_for(timeout=START_SECONDS * 1000)
         with self.page.expect_download(timeout=STEP_SECONDS * 3000) as offered:
             link.click()
         path = target / offered.value.suggested_filename
