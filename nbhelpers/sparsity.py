@@ -23,8 +23,8 @@ from nbhelpers import (
     evaluation,
     facts,
     importance,
+    mask_choice,
     mask_sets,
-    masks,
     models,
     predictions,
     records,
@@ -33,8 +33,6 @@ from nbhelpers import (
     tasks,
     training,
 )
-from nbhelpers.mask_patterns import SCOPES
-from nbhelpers.registry import unknown
 from nbhelpers.stages import VALIDATION_WINDOWS, StagedExperiment, check_window, sample_rows
 from nbhelpers.strict import StrictConfig
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker
@@ -58,17 +56,11 @@ class SparsityConfig(StrictConfig):
         None, ge=0, le=100, description="solved rows before each question; None = as the task says"
     )
     limit: int | None = Field(None, ge=1, description="the first so many evaluation rows; None = all")
-    sparsity: float = Field(0.5, ge=0, le=1, description="share of the projections' weights that go, 0-1")
-    pattern: Literal["unstructured", "structured", "nm"] = Field(
-        "unstructured", description="single weights, whole rows, or N kept of M along the inputs"
-    )
-    importance: str = Field("magnitude", description=f"one of {', '.join(mask_sets.IMPORTANCES)}")
-    scope: Literal["layer", "row", "global"] = Field(
-        "layer", description="weights are compared within a projection, an output row, or the whole model"
-    )
-    dimension: Literal["outputs", "inputs", "channels"] = Field(
-        "outputs", description="what goes as a whole (structured): output rows, input columns, MLP channels"
-    )
+    sparsity: mask_choice.Sparsity = 0.5
+    pattern: mask_choice.Pattern = "unstructured"
+    importance: mask_choice.Importance = "magnitude"
+    scope: mask_choice.Scope = "layer"
+    dimension: mask_choice.Dimension = "outputs"
     mode: Literal["dense", "sparse_to_dense", "sparse_to_sparse"] = Field(
         "sparse_to_sparse", description="whether what is learned may fill the zeros again; dense takes sparsity 0"
     )
@@ -85,7 +77,7 @@ class SparsityConfig(StrictConfig):
     window: int | None = Field(
         None, ge=2, description="most tokens of a training row; None = 256, or the model's positions"
     )
-    calibration_rows: int = Field(64, ge=1, description="training rows that weights are scored on, where it needs data")
+    calibration_rows: mask_choice.CalibrationRows = 64
     keep_model: bool = Field(False, description="save the merged model in the run directory")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
     device: str | None = Field(None, description="cpu, cuda or mps; None = what is found")
@@ -95,18 +87,9 @@ class SparsityConfig(StrictConfig):
     def _fields_fit_together(self) -> SparsityConfig:
         if tasks.find(self.task).kind == "rolling":
             raise ValueError(f"task {self.task!r} asks nothing, so there is no accuracy: name another task")
-        importance.needs_data(self.importance)  # LookupError for one that there is not
-        if self.pattern == "nm" and (masks.exact(self.sparsity) * mask_sets.GROUP).denominator != 1:
-            raise ValueError(
-                f"pattern 'nm' leaves out a whole number of each {mask_sets.GROUP} weights: sparsity must be a "
-                f"multiple of {1 / mask_sets.GROUP:g}, got {self.sparsity:g}"
-            )
+        mask_choice.check_fields(self)
         if self.mode == DENSE and self.sparsity:
             raise ValueError(f"mode 'dense' has no mask: sparsity must be 0, got {self.sparsity}")
-        if self.pattern != "nm" and self.scope not in SCOPES[self.pattern]:
-            raise ValueError(unknown(f"scope of pattern {self.pattern!r}", self.scope, SCOPES[self.pattern]))
-        if self.dimension != "outputs" and self.pattern != "structured":
-            raise ValueError(f"dimension is of pattern 'structured', got {self.dimension!r} with {self.pattern!r}")
         self.training()
         return self
 
