@@ -244,7 +244,6 @@ class AnalysisPanel:
         self._check("metric", self._chosen["metric"], self.analyzer.metrics())
         self._offer_choices()
         put(self.error, "")
-        self.export_link.value = ""
         self._show_runs()
         self._show_figure()
         running = sum(run.status == "running" for run in self.view.experiments)
@@ -374,6 +373,7 @@ class AnalysisPanel:
                 self._offer(other, [ALL], ALL)
         elif name in self._chosen:
             self._chosen[name] = self.controls[name].get()
+        self.export_link.value = ""  # it held what was asked before
         self._look_soon()
 
     @guarded
@@ -468,7 +468,8 @@ class AnalysisPanel:
             self.export_button.disabled = False
 
     def export(self) -> Path:
-        """What is shown as one zip: runs, values and settings as CSV, figures as SVG and PNG. Looks first if needed."""
+        """What the form asks as one zip: runs, values and settings as CSV, figures as SVG and PNG. Looks if needed."""
+        self.wait()
         with self._looking:
             if self.overview is None:
                 self._look()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import threading
 import time
 import zipfile
 
@@ -268,6 +269,28 @@ def test_the_export_button_offers_a_zip_of_what_is_shown(panel, tmp_path):
         assert {"values.csv", "settings.csv", "figures/by_setting.svg", "figures/by_setting.png"} <= set(
             bundle.namelist()
         )
+
+
+def test_a_link_stays_while_the_runs_are_looked_at_again_and_goes_with_the_next_change(panel):
+    panel.export_button.click()
+    link = panel.export_link.value
+    panel.run_now()
+    assert "data:application/zip" in link and panel.export_link.value == link
+    panel.controls["filter"].put("level>0.1")
+    assert panel.export_link.value == ""
+    panel.wait()
+
+
+def test_an_export_waits_for_what_was_asked_just_before(panel):
+    """The look is held up; the archive asked for meanwhile is of the new question all the same."""
+    with panel._looking:
+        panel.controls["filter"].put("level>99")
+        asked = threading.Thread(target=panel.export_button.click)
+        asked.start()
+        asked.join(0.2)
+        assert asked.is_alive()
+    asked.join(60)
+    assert "0 of 6 runs" in panel.status.value and panel.overview.view.experiments == []
 
 
 def test_an_export_that_fails_is_said(panel, monkeypatch):
