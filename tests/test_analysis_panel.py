@@ -290,7 +290,7 @@ def test_an_export_waits_for_what_was_asked_just_before(panel):
         asked.join(0.2)
         assert asked.is_alive()
     asked.join(60)
-    assert "0 of 6 runs" in panel.status.value and panel.overview.view.experiments == []
+    assert "0 of 6 runs" in panel.status.value and not panel.view.experiments
 
 
 def test_an_export_that_fails_is_said(panel, monkeypatch):
