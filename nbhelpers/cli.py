@@ -42,6 +42,11 @@ COMMANDS = {
     "sweep prefetch": ("fetch and hash a plan's models and data for nodes offline", "commands_sweep.sweep_prefetch"),
     "sweep report": ("table, curves, headline and proofs of a sparsity sweep", "commands_sweep.sweep_report"),
     "sweep retry": ("plan failed jobs again", "commands_sweep.sweep_retry"),
+    "compare run": ("large models as they are against small ones fine-tuned", "commands_comparison.compare_run"),
+    "compare clear-cache": ("delete kept answers of comparisons", "commands_comparison.compare_clear_cache"),
+    "compare migrate": ("read an older config or results file", "commands_comparison.compare_migrate"),
+    "interview": ("ask trained models about interviews in a folder", "commands_comparison.interview"),
+    "report": ("one self-contained page about a run or a folder of runs", "commands_comparison.report"),
     "runs list": ("which runs lie in these folders", "commands_runs.runs_list"),
     "runs show": ("one run whole: its config and what it measured", "commands_runs.runs_show"),
     "runs compare": ("runs beside each other, the best one, means over seeds", "commands_runs.runs_compare"),
@@ -51,6 +56,7 @@ COMMANDS = {
 }
 GROUPS = {
     "runs": "look at runs: list, compare, export, watch",
+    "compare": "large models as they are against small ones fine-tuned",
     "masks": "which weights of a model go",
     "notebooks": "the notebooks, headless",
     "sweep": "a grid of jobs from one plan",

@@ -38,7 +38,7 @@ class _Row:
 def continuations(
     model: nn.Module,
     tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     stops: Sequence[str] = (),
     max_new_tokens: int = 256,
@@ -47,8 +47,8 @@ def continuations(
 ) -> Iterator[tuple[int, str]]:
     """(number, text) of each prompt as it is done: what the model writes, likeliest token by likeliest token.
 
-    model: in evaluation mode. A text ends before the first of its stop strings, before the end token, or after
-    max_new_tokens. Prompts are cut on the left to what the model reads at once less max_new_tokens. When memory ends,
+    model: in evaluation mode. prompts: texts, or their token ids. A text ends before the first of its stop strings,
+    before the end token, or after max_new_tokens. Prompts are cut on the left to what the model reads at once less max_new_tokens. When memory ends,
     the batch is split. Interrupted after should_stop, between tokens.
     """
     room = scoring.longest_text(model) - max_new_tokens
@@ -56,7 +56,9 @@ def continuations(
         raise ValueError(
             f"max_new_tokens must be less than the model's {scoring.longest_text(model)} tokens, got {max_new_tokens}"
         )
-    rows = [_Row(number, ids[-room:]) for number, ids in enumerate(scoring.encode(tokenizer, prompts))]
+    texts = all(isinstance(prompt, str) for prompt in prompts)
+    ids = scoring.encode(tokenizer, prompts) if texts else prompts
+    rows = [_Row(number, list(prompt[-room:])) for number, prompt in enumerate(ids)]
     empty = next((row.number for row in rows if not row.prompt), None)
     if empty is not None:
         raise ValueError(f"prompt {empty} has no tokens; give at least one word")

@@ -15,7 +15,6 @@ or `search` in place of axes, seeds and aliases (search.py): its jobs come one b
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nbhelpers import yaml_files
 from nbhelpers.errors import one_line, refusal
 from nbhelpers.records import canonical_json, plain, sha256_json
 from nbhelpers.registry import Registry, unknown
@@ -156,7 +155,7 @@ def read_plan(source: str | Path | Mapping[str, Any] | Plan) -> Plan:
     """The plan of a YAML or JSON file, a dict, or a plan itself. ValueError in one line for anything else."""
     if isinstance(source, Plan):
         return source
-    values = source if isinstance(source, Mapping) else _read_file(Path(source))
+    values = source if isinstance(source, Mapping) else yaml_files.read(source, "plan")
     where = "plan" if isinstance(source, Mapping) else f"plan '{source}'"
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping with kind, base and axes, got {type(values).__name__}")
@@ -164,45 +163,6 @@ def read_plan(source: str | Path | Mapping[str, Any] | Plan) -> Plan:
         return Plan(**{str(key): value for key, value in values.items()})
     except ValidationError as error:
         raise ValueError(f"{where}: {one_line(error)}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without what surprises: a key twice is refused instead of dropped, and so are references."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="references (*name) are not read", problem_mark=self.peek_event().start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a name must be a word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_file(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            return json.loads(text)
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ValueError(f"plan '{path}' is not valid YAML{at}: {' '.join(problem.split())}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"plan '{path}' cannot be read: {one_line(error)}") from error
 
 
 # --- rows and jobs --------------------------------------------------------------------------------------------------

@@ -431,6 +431,15 @@ def files_fingerprint(name: str) -> dict[str, str] | None:
     return {f"below/{key}": value for key, value in found.items()} | {f.name: records.sha256_known(f) for f in files}
 
 
+def hub_commit(name: str) -> str | None:
+    """The commit of a hub id whose config lies in the hub's cache here: that of what is loaded next; else None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    source, location = locate(name)
+    found = try_to_load_from_cache(location, "config.json") if source == "hub" else None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def tokenizer_fingerprint(tokenizer) -> str:
     """sha256 over the whole fast tokenizer (vocabulary, merges, special tokens, post-processing).
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nbhelpers import adapters
+from nbhelpers.registry import unknown
 
 COMPARED = 16  # tokens of a row on which merged and unmerged logits are compared
 
@@ -81,16 +82,21 @@ def _check_quantisation(model: nn.Module, method: str) -> None:
 
 
 def with_adapters(model: nn.Module, config: Any) -> nn.Module:
-    """The model with a LoRA adapter on each linear layer but the output embedding (peft's "all-linear")."""
+    """The model with a LoRA adapter on each linear layer but the output embedding (peft's "all-linear"), or on those
+    that config.lora_targets names. ValueError where a name is no layer's."""
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    named = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
+    for name in config.lora_targets or ():
+        if name not in named:
+            raise ValueError(unknown("layer of lora_targets", name, sorted(named)))
     settings = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules="all-linear",
+        target_modules=list(config.lora_targets) if config.lora_targets else "all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2: (in, out) weights
     )
     with adapters.quiet_peft():

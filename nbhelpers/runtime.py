@@ -292,6 +292,16 @@ def _git(folder: Path, *arguments: str, timeout_seconds: float = 5.0) -> str | N
     return done.stdout.strip()
 
 
+def device_name(device: str) -> str:
+    """A device in words: "Intel Xeon (cpu, 2 threads)", "NVIDIA A100 (cuda)"."""
+    import torch
+
+    kind = _kind(device)
+    if kind == "cpu":
+        return f"{_cpu_name()} (cpu, {torch.get_num_threads()} threads)"
+    return f"{_device_facts()['name']} ({kind})"
+
+
 def _cpu() -> dict[str, Any]:
     facts: dict[str, Any] = {"name": _cpu_name(), "logical_cores": os.cpu_count(), "cores": None, "ram_bytes": None}
     if importlib.util.find_spec("psutil") is not None:

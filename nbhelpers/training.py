@@ -59,6 +59,9 @@ class TrainingConfig(StrictConfig):
     lora_rank: int = Field(8, ge=1, le=1024, description="rank of the adapters (lora, qlora)")
     lora_alpha: float = Field(16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank (lora, qlora)")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters (lora, qlora)")
+    lora_targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="last names of the layers that get adapters (q_proj); None = all but the output"
+    )
     eval_every: int | None = Field(
         50, ge=1, description="steps between validations (also at step 0 and the end); None = off"
     )

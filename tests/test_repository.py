@@ -21,24 +21,29 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports from its own level or below, and there is no cycle. A new module needs a line here and in README.
 LEVELS = {
-    7: "cli commands commands_runs commands_training commands_evaluation commands_sweep commands_masks __main__",
+    7: "cli commands commands_runs commands_training commands_evaluation commands_sweep commands_masks "
+    "commands_comparison __main__",
     6: "widgets panel pruning_panel staged_panel fine_tuning_panel head_map analysis_panel notebook headless "
-    "selfcontained sweep_panel sweep_form sweep_cell sweep_results tick_boxes",
+    "selfcontained sweep_panel sweep_form sweep_cell sweep_results tick_boxes comparison_panel comparison_form",
     5: "plots analysis_plots plots_training plots_pruning report earlier selfcheck equivalents example_grid overview "
-    "overview_html sparsity_report plots_sparsity sparsity_results sparsity_answers sparsity_tables sparsity_html",
+    "overview_html sparsity_report plots_sparsity sparsity_results sparsity_answers sparsity_tables sparsity_html "
+    "plots_comparison plots_comparison_curves plots_comparison_size comparison_report comparison_tables "
+    "comparison_html run_report",
     4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds prefetch sparsity_price attempts "
-    "retry_rules sweep sweep_pace workers ray_engine sparsity pruning_grid weight_pruning comparison baselines "
-    "external_results",
+    "retry_rules sweep sweep_pace workers ray_engine sparsity pruning_grid weight_pruning external_results "
+    "comparison comparison_config comparison_data comparison_answers comparison_pace comparison_results "
+    "model_card migration interviews",
     3: "heads facts training trainer answer_cache evaluation optimization preparation checkpoints sparse_lora "
-    "masked_adapters mask_sets calibration mask_choice masked_training cerebras "
+    "masked_adapters mask_sets calibration mask_choice masked_training cerebras label_answers baselines "
     "analysis selection journal pretrain pretrain_measure lmeval",
     2: "evaluate scoring generation tasks answers importance sparsegpt layer_inputs masks mask_files mask_statistics "
-    "mask_patterns mask_selection shared_models channels",
+    "mask_patterns mask_selection shared_models channels dialogues label_split prompts coding_metrics verdicts "
+    "break_even routing costs ensemble budget",
     1: "models predictions adapters packing losses compact architecture catalogue attention data instructions "
     "task_files memory estimates colab machine faster_layers projections masked_linear",
     0: "__init__ registry strict errors ranks records redaction runlock runlog runs collection tables tracking runtime "
     "stats curves generated generated_words generated_tasks run_config manifest linefile summaries experiment_log "
-    "exports",
+    "exports yaml_files icd10 generated_dialogues",
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py"))}

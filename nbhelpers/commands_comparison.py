@@ -1,0 +1,155 @@
+"""What do the commands around the comparison do? `compare run|clear-cache|migrate`, `interview`, `report`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nbhelpers.commands import Json, Progress, Violation, carry_out, keyword, options_of, with_options
+
+MODELS = {"model_llm": "llm_models", "model_slm": "slm_models"}  # option -> the field that it sets
+OWN = ("llm_models", "slm_models", "baselines")
+
+
+def compare_run() -> Callable:
+    from nbhelpers.comparison import Comparison
+    from nbhelpers.comparison_config import ComparisonConfig
+
+    def command(out, config, model_llm, model_slm, baselines, force_recompute, clear_cache, resume, json, **options):
+        def work() -> dict:
+            asked = {name: value for name, value in options.items() if value is not None}
+            asked |= {"llm_models": tuple(model_llm)} if model_llm else {}
+            asked |= {"slm_models": tuple(model_slm)} if model_slm else {}
+            asked |= {"baselines": baselines} if baselines is not None else {}
+            asked |= {"cache": False} if force_recompute else {}
+            made = ComparisonConfig(**(_read(config) | asked))
+            if clear_cache:
+                from nbhelpers import comparison_answers
+
+                comparison_answers.clear(Path("runs") if out is None else out.parent)
+            result = Comparison.run(made, run_dir=out, resume=resume, progress=Told())
+            write_report(result)
+            if not result["all_facts_hold"]:
+                raise Violation(result)
+            return result
+
+        carry_out(work, show_comparison, json)
+
+    def asked(kind: Any, text: str, *flags: str) -> Any:
+        return Annotated[kind, typer.Option(*flags, help=text)]
+
+    own = [
+        keyword("out", asked(Path | None, "run directory; None = a new one under runs/"), None),
+        keyword("config", asked(Path | None, "YAML or JSON file with these fields; options given here win"), None),
+        keyword("model_llm", asked(list[str] | None, "a large model, asked as it is; may be repeated"), None),
+        keyword("model_slm", asked(list[str] | None, "a small model, to be fine-tuned; may be repeated"), None),
+        keyword("baselines", asked(str | None, "majority,nearest,tfidf_linear, or some of them"), None),
+        keyword("force_recompute", asked(bool, "ask and tune anew, whatever was kept", "--force-recompute"), False),
+        keyword("clear_cache", asked(bool, "delete kept answers beside --out first", "--clear-cache"), False),
+        keyword("resume", asked(bool, "go on in --out where it was killed or stopped", "--resume"), False),
+        keyword("json", Json, False),
+    ]
+    fields = [_optional(option) for option in options_of(ComparisonConfig, without=(*OWN, "cache"))]
+    return with_options(command, [*own, *fields])
+
+
+def _optional(option: inspect.Parameter) -> inspect.Parameter:
+    """An option whose absence leaves the field to the config file, or to its default, which the help names."""
+    kind, about = option.annotation.__origin__, option.annotation.__metadata__[0]
+    about.help += "" if option.default is None or option.default == "" else f" [default: {option.default}]"
+    about.show_default = False
+    return option.replace(default=None, annotation=Annotated[kind | None, about])
+
+
+def _read(config: Path | None) -> dict[str, Any]:
+    from nbhelpers import yaml_files
+
+    found = {} if config is None else yaml_files.read(config, "config")
+    if not isinstance(found, Mapping):
+        raise ValueError(f"config '{config}' must be a mapping of fields, got {type(found).__name__}")
+    return dict(found)
+
+
+class Told(Progress):
+    """Progress with the model at work, and interim verdicts as they come."""
+
+    def __call__(self, now: dict) -> None:
+        interim = now.get("interim")
+        super().__call__(now | {"at": f"{now.get('key', '')} {now.get('part', '')}".strip()})
+        if interim:
+            typer.echo(interim, err=True)
+
+
+def write_report(result: dict) -> None:
+    """report.html beside the run's other files."""
+    from nbhelpers import comparison_report
+
+    comparison_report.write(Path(result["run_dir"]))
+
+
+def show_comparison(result: dict) -> str:
+    """The run for people: the verdict, a line an entry, its curves' sentences, facts that fail, where it lies."""
+    from nbhelpers.facts import Fact
+
+    measure = result["headline"]
+    lines = [result["verdict"], "", f"{measure:<44} {'[95 %]':>16} {'macro F1':>9} {'s/dialogue':>11}"]
+    for key, entry in sorted(result["models"].items(), key=lambda item: -(item[1][measure] or 0)):
+        if entry[measure] is None:
+            lines.append(f"{key:<36} not measured")
+            continue
+        bounds, speed = entry["intervals"][measure], entry["performance"]
+        took = f"{speed['seconds_per_dialogue']:>11.4f}" if speed else f"{'':>11}"
+        between = f"[{bounds['low']:.3f}, {bounds['high']:.3f}]"
+        lines.append(f"{key:<36} {entry[measure]:>7.3f} {between:>16} {entry['macro_f1']:>9.3f} {took}")
+    if result["text"]["generated"]:
+        lines += ["", "All of this on dialogues that this project generated itself."]
+    for part in ("break_even", "ensemble"):
+        if result[part]:
+            lines.append(result[part]["sentence"])
+    if result["budget"]:
+        lines.append(result["budget"]["text"])
+    broken = [
+        Fact(**{k: v for k, v in fact.items() if k != "model"}).line() for fact in result["facts"] if not fact["ok"]
+    ]
+    lines += [
+        "",
+        *broken,
+        f"{sum(fact['ok'] for fact in result['facts'])} of {len(result['facts'])} checked facts hold",
+    ]
+    folder = result["run_dir"]
+    return "\n".join([*lines, result["notice"], "", f"run    {folder}", f"report {folder}/report.html"])
+
+
+def compare_clear_cache() -> Callable:
+    def command(
+        root: Annotated[Path, typer.Option(help="folder that holds the runs")] = Path("runs"),
+        older_than: Annotated[float | None, typer.Option(help="only answers older than so many days")] = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import comparison_answers
+
+            return {"deleted": comparison_answers.clear(root, older_than)}
+
+        carry_out(work, lambda found: f"deleted kept answers of {found['deleted']} model states under {root}", json)
+
+    return command
+
+
+def report() -> Callable:
+    def command(
+        folder: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory, or any folder of runs")],
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import run_report
+
+            return {"report": str(run_report.write(folder))}
+
+        carry_out(work, lambda found: found["report"], json)
+
+    return command

@@ -1,0 +1,346 @@
+"""What does one model of a comparison answer, before or after tuning? Asked, or taken from before without any weights.
+
+Answers are kept beside the runs, `.predictions/coding-<sha256 of their identity>/`: a JSON file, and the label scores
+as safetensors. The identity is known before weights are read; a tuned model's holds its training. Measures are computed
+anew from the answers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbhelpers import answer_cache, facts, label_answers, memory, models, records, runtime, training
+from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig
+from nbhelpers.dialogues import Dialogue
+from nbhelpers.prompts import Prompts
+from nbhelpers.tracking import ExperimentTracker, Interrupted
+
+FORMAT = 1  # of the code that makes these answers
+PREFIX = "coding-"  # of the folders of kept answers
+PARTIAL = "answers.partial.jsonl"
+VALIDATION_ROWS = 64  # that choose the best state of a tuning
+CHECKED_ROWS = 64  # training rows of which is checked that they are asked as they are taught
+DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a model is tuned on, and how."""
+
+    train: Sequence[Dialogue]
+    validation: Sequence[Dialogue]
+    config: training.TrainingConfig
+    keep: bool = True  # the tuned model
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One state of a model and what it is asked: `parts` of the data, each answered in these `kinds`."""
+
+    key: str
+    model: ModelInstanceConfig
+    prompts: Prompts
+    parts: Mapping[str, Sequence[Dialogue]]
+    kinds: Sequence[str]
+    tuning: Tuning | None = None
+    latency: int = 0  # requests that are timed one at a time
+
+
+@dataclass
+class Answers:
+    """Lines by part (see `label_answers`), the labels' log-probabilities by part (rows, labels), and what it took."""
+
+    lines: dict[str, list[dict[str, Any]]]
+    scores: dict[str, np.ndarray | None]
+    about: dict[str, Any] = field(default_factory=dict)
+    came: str = "measured"
+
+
+def identity(asking: Asking, config: ComparisonConfig) -> dict[str, Any] | None:
+    """Everything that decides the answers; None where a hub model's revision is not known."""
+    name, device = asking.model.name, config.device or runtime.device()
+    files = models.files_fingerprint(name) or models.hub_commit(name)
+    if files is None:
+        return None
+    tuning = asking.tuning
+    versions = runtime.library_versions()
+    return {
+        "format": FORMAT,
+        "model": files,
+        "tokenizer": models.tokenizer_fingerprint(asking.prompts.tokenizer),
+        "prompts": asking.prompts.record(),
+        "parts": {name: _digest(rows) for name, rows in asking.parts.items()},
+        "kinds": list(asking.kinds),
+        "new_tokens": asking.prompts.new_tokens,
+        "device": device.split(":")[0],
+        "dtype": str(models.DTYPES[asking.model.dtype] or runtime.dtype_for(device)),
+        "quantization": asking.model.quantization,
+        "tuning": None
+        if tuning is None
+        else [tuning.config.model_dump(), _digest(tuning.train), _digest(tuning.validation)],
+        "libraries": {name: versions.get(name) for name in answer_cache.LIBRARIES},
+    }
+
+
+def _digest(rows: Sequence[Dialogue]) -> str:
+    return records.sha256_json([[row.id, row.text, list(row.labels)] for row in rows])
+
+
+def obtain(
+    asking: Asking,
+    config: ComparisonConfig,
+    tracker: ExperimentTracker,
+    tell: Callable[[dict], None],
+    should_stop: Callable[[], bool] | None = None,
+) -> Answers:
+    """The answers of one model state: from before where nothing differs, else the model is loaded (and tuned) now."""
+    known = identity(asking, config)
+    place = None if known is None else _folder(tracker.run_dir) / f"{PREFIX}{records.sha256_json(known)}"
+    found = read(place, config.cache_days) if config.cache and place is not None else None
+    if found is None:
+        found = _ask(asking, config, tracker, tell, should_stop)
+        if place is not None and all(fact["ok"] for fact in found.about["facts"]):
+            write(place, found)
+    tracker.event("answers", key=asking.key, came=found.came)
+    return found
+
+
+# Kept answers ---------------------------------------------------------------------------------------------------------
+
+
+def _folder(run_dir: Path) -> Path:
+    return run_dir.parent / answer_cache.FOLDER
+
+
+def read(place: Path, oldest_days: float | None = None) -> Answers | None:
+    """Answers kept at `place`, or None where there are none, or they are torn or too old."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        kept = records.read_json(place / "answers.json")
+        scores = load_file(place / "scores.safetensors")
+        lines = {part: [records.restore(line) for line in lines] for part, lines in kept["lines"].items()}
+        made = float(kept["made"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+    if oldest_days is not None and time.time() - made > oldest_days * DAY:
+        return None
+    return Answers(lines, {part: scores.get(part) for part in lines}, kept["about"], came="cached")
+
+
+def write(place: Path, answers: Answers) -> None:
+    """Keep answers, whole or not at all; what lay there before goes."""
+    from safetensors.numpy import save
+
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    scores = {part: found for part, found in answers.scores.items() if found is not None}
+    records.write_atomic(beside / "scores.safetensors", save(scores))
+    records.write_json(
+        beside / "answers.json",
+        records.plain({"made": time.time(), "lines": answers.lines, "about": answers.about}),
+    )
+    shutil.rmtree(place, ignore_errors=True)
+    beside.replace(place)
+
+
+def clear(root: Path, older_than_days: float | None = None) -> int:
+    """Delete kept answers of comparisons under `root`; how many there were."""
+    gone = 0
+    for place in sorted((root / answer_cache.FOLDER).glob(f"{PREFIX}*")):
+        if older_than_days is None or time.time() - place.stat().st_mtime > older_than_days * DAY:
+            shutil.rmtree(place)
+            gone += 1
+    return gone
+
+
+# Asked now ------------------------------------------------------------------------------------------------------------
+
+
+def _ask(asking: Asking, config: ComparisonConfig, tracker: ExperimentTracker, tell, should_stop) -> Answers:
+    folder = tracker.run_dir / "models" / asking.key
+    folder.mkdir(parents=True, exist_ok=True)
+    tuned = _finished_tuning(folder) if asking.tuning is not None else None
+    source = str(folder / "model") if tuned is not None else asking.model.name
+    quantization = None if tuned is not None else asking.model.quantization
+    dtype = asking.model.dtype
+    if asking.tuning is not None and asking.tuning.config.method == "full" and dtype == "auto":
+        dtype = "float32"  # masters of the weights that are trained
+
+    def load() -> models.LoadedModel:
+        tell({"stage": "loading", "key": asking.key})
+        return models.load_model(source, device=config.device, dtype=dtype, quantization=quantization)
+
+    with memory.peak() as used, memory.loaded(load) as loaded:
+        model = loaded.model
+        about: dict[str, Any] = {
+            "parameters": models.parameters(model),
+            "precision": precision(model),
+            "training": None,
+            "facts": [],
+            "model_dir": None,
+        }
+        checked: list[facts.Fact] = []
+        if asking.tuning is not None and tuned is None:
+            tuned = _tune(asking, model, folder, tracker, tell, should_stop, checked)
+        if tuned is not None:
+            about |= {"training": tuned, "model_dir": str(folder / "model") if asking.tuning.keep else None}
+        about["memory"] = {"weights_bytes": models.weight_bytes(model)}
+        answers = _answer(asking, config, model, folder, tell, should_stop)
+        checked.append(label_answers.labels_score_as_alone(model, asking.prompts, asking.parts["test"]))
+        about["performance"] = answers.about["performance"]
+        if asking.latency:
+            kind = "writing" if "writing" in asking.kinds else "ranking"
+            some = list(asking.parts["test"])[: asking.latency]
+            about["performance"]["latency"] = label_answers.latency(
+                model, asking.prompts, some, kind, should_stop=should_stop
+            )
+    about["memory"] |= {
+        "peak_bytes": used.cuda_peak or used.resident_grown,
+        "kind": "cuda" if used.cuda_peak else "resident",
+    }
+    about["facts"] = [fact.as_dict() for fact in checked]
+    about["truncated"] = {
+        part: sum(asking.prompts.prompt(row.text).cut > 0 for row in rows) for part, rows in asking.parts.items()
+    }
+    (folder / PARTIAL).unlink(missing_ok=True)
+    return Answers(answers.lines, answers.scores, about)
+
+
+def precision(model: Any) -> str:
+    """Number format of the weights and of the arithmetic: "float32", "4bit nf4, compute bfloat16"."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if getattr(model, "is_loaded_in_4bit", False):
+        return f"4bit nf4, others {dtype}"
+    return f"8bit, others {dtype}" if getattr(model, "is_loaded_in_8bit", False) else dtype
+
+
+def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell, should_stop) -> Answers:
+    """Every part in every kind; what an earlier attempt of this run has answered is taken over."""
+    partial = folder / PARTIAL
+    before: dict[tuple[str, int], dict] = {}
+    for line in records.read_lines(partial)[0] if partial.exists() else []:
+        before.setdefault((line["part"], line["number"]), {}).update(records.restore(line["answer"]))
+    lines: dict[str, list[dict]] = {}
+    scores: dict[str, np.ndarray | None] = {}
+    speeds: dict[str, dict] = {}
+    total = sum(len(rows) for rows in asking.parts.values()) * len(asking.kinds)
+    done = 0
+    for part, rows in asking.parts.items():
+        found = [{"id": row.id, "gold": list(row.labels), **before.get((part, at), {})} for at, row in enumerate(rows)]
+        for kind in asking.kinds:
+            mark = "ranked" if kind == "ranking" else "said"
+            left = [at for at, line in enumerate(found) if mark not in line]
+            done += len(rows) - len(left)
+            started = time.perf_counter()
+            asked = [rows[at] for at in left]
+            for number, more in label_answers.answered(
+                model, asking.prompts, asked, (kind,), batch_tokens=config.batch_tokens, should_stop=should_stop
+            ):
+                at, done = left[number], done + 1
+                found[at] |= more
+                plain = more | ({"logprobs": more["logprobs"].tolist()} if "logprobs" in more else {})
+                records.append_line(partial, {"part": part, "number": at, "answer": records.plain(plain)})
+                tell(
+                    {"stage": "answering", "key": asking.key, "part": part, "line": found[at], "number": at}
+                    | {"done": done, "total": total}
+                )
+            if left and part == "test":
+                tokens = sum(len(asking.prompts.prompt(row.text).ids) for row in asked)
+                speeds[kind] = label_answers.Speed(time.perf_counter() - started, len(left), tokens).record()
+        columns = [line.pop("logprobs", None) for line in found]
+        scores[part] = None if columns[0] is None else np.asarray(columns, dtype=np.float32)
+        lines[part] = found
+    return Answers(lines, scores, {"performance": {"kinds": speeds}})
+
+
+def _finished_tuning(folder: Path) -> dict[str, Any] | None:
+    """The record of a tuning that an earlier attempt of this run has finished, its model whole beside it."""
+    record = folder / "training.json"
+    return records.read_json(record) if record.is_file() and (folder / "model").is_dir() else None
+
+
+def _tune(asking: Asking, model, folder: Path, tracker, tell, should_stop, checked: list[facts.Fact]) -> dict[str, Any]:
+    """Tune `model` in place; its record. Kept: the model too, checked by what plain transformers makes of it."""
+    tuning, prompts = asking.tuning, asking.prompts
+    pairs = [(row, label) for row in tuning.train for label in row.labels]
+    taught = [prompts.row(row.text, label) for row, label in pairs]
+    checked.append(
+        label_answers.trained_as_asked(prompts, [row for row, _ in pairs[:CHECKED_ROWS]], taught[:CHECKED_ROWS])
+    )
+    held = [prompts.row(row.text, row.labels[0]) for row in tuning.validation[:VALIDATION_ROWS]]
+    result = training.fine_tune(
+        model,
+        taught,
+        held,
+        tuning.config,
+        output_dir=folder / "checkpoints",
+        progress=lambda now: tell({"stage": "tuning", "key": asking.key, "steps": tuning.config.steps} | now),
+        should_stop=should_stop,
+        resume=True,
+    )
+    if result.status == "stopped":
+        raise Interrupted(f"stopped in step {result.steps} of {tuning.config.steps} of tuning {asking.key}")
+    checked += [facts.loss_is_the_models_own(result.loss_check, result.packing)]
+    checked += [facts.loss_leaves_out_the_prompt(result.labels)]
+    record = {
+        "method": tuning.config.method,
+        "steps": result.steps,
+        "epochs": tuning.config.steps * tuning.config.batch_size / len(taught),
+        "rows": len(taught),
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "trainable_parameters": result.trainable_parameters,
+        "total_parameters": result.total_parameters,
+        "lora_rank": None if tuning.config.method == "full" else tuning.config.lora_rank,
+        "lora_alpha": None if tuning.config.method == "full" else tuning.config.lora_alpha,
+        "learning_rate": result.learning_rate,
+        "precision": result.precision,
+        "train_losses": [list(pair) for pair in result.train_losses],
+        "validation_nlls": [list(pair) for pair in result.validation_nlls],
+        "best_step": result.best_step,
+        "skipped_steps": result.skipped_steps,
+        "merge_difference": result.merge_difference,
+    }
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if tuning.keep:
+        checked.append(_saved(model, prompts, folder / "model", taught[0]))
+        records.write_json(folder / "training.json", records.plain(record))
+    return record
+
+
+def _saved(model, prompts: Prompts, folder: Path, row: dict) -> facts.Fact:
+    """Save the tuned model, and see whether what was saved computes the same."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.rmtree(folder, ignore_errors=True)
+    before = facts.logits(model, [row])
+    models.save_model(model, prompts.tokenizer, folder)
+    device = str(next(model.parameters()).device)
+    adapted = not (folder / "config.json").is_file()
+    if adapted:
+        again = models.load_model(str(folder), device=device, dtype="stored").model
+    else:
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
+    apart = float((facts.logits(again, [row]) - before).abs().max() / before.abs().max())
+    memory.release(again)
+    allowed = facts.tolerance(model)
+    return facts.Fact(
+        name="saved_model_is_the_same",
+        ok=math.isfinite(apart) and apart <= allowed,
+        says="what was saved computes the same" + ("" if adapted else ", in plain transformers"),
+        saw=f"largest difference of logits {apart:.1e} of the largest",
+        values={"difference": apart, "allowed": allowed},
+    )

@@ -1,0 +1,102 @@
+"""What is a comparison made on? Dialogues, their split, and how each model reads them: all before any weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nbhelpers import break_even, dialogues, label_split, models
+from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig
+from nbhelpers.dialogues import Dialogue, Dialogues
+from nbhelpers.label_split import Split
+from nbhelpers.prompts import Prompts, Wording
+
+
+class ComparisonData:
+    """Data, parts and prompts of one comparison. A budget may make `train` and `test` smaller and `epochs` fewer."""
+
+    def __init__(self, config: ComparisonConfig, data: Dialogues, split: Split, tokenizers: Mapping[str, Any]) -> None:
+        self.config, self.data, self.split, self.tokenizers = config, data, split, tokenizers
+        self.test: Sequence[Dialogue] = split.test
+        self.validation: Sequence[Dialogue] = split.validation
+        self.train = balanced(split.train, config.max_train_samples, config.seed)
+        self.epochs = config.epochs
+        self._wording: Wording | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """How a model is asked: "ranking", "writing" or both."""
+        return {"both": ("ranking", "writing")}.get(self.config.answers, (self.config.answers,))
+
+    @property
+    def headline(self) -> str:
+        """The measure of the verdict: of rankings where labels are ranked, which is the kindest to an untuned model."""
+        return "exact_match_accuracy" if self.config.answers == "writing" else "top_1_accuracy"
+
+    @property
+    def tunes(self) -> bool:
+        """Whether small models are asked and tuned."""
+        return self.config.experiment != "baseline"
+
+    @property
+    def sides(self) -> dict[str, tuple[ModelInstanceConfig, ...]]:
+        """The models that take part, by side."""
+        large = self.config.llm_models if self.config.experiment != "training" else ()
+        return {"LLM": large, "SLM": self.config.slm_models if self.tunes else ()}
+
+    def wording(self) -> Wording:
+        """What is said around each dialogue: the same for all models."""
+        if self._wording is None:
+            listed = self.data.labels if len(self.data.labels) <= self.config.list_labels else ()
+            shots = random.Random(f"shots {self.config.seed}").sample(list(self.train), self.config.shots)
+            self._wording = Wording(
+                kind=self.data.kind,
+                system=self.config.system_prompt,
+                listed=tuple(listed),
+                shots=tuple((row.text, row.labels[0]) for row in shots),
+            )
+        return self._wording
+
+    def prompts(self, model: ModelInstanceConfig) -> Prompts:
+        """Prompts and labels in the tokens of one model. ValueError where nothing of a dialogue would fit."""
+        window = self.config.window_of(model)
+        return Prompts(self.tokenizers[model.name], self.wording(), self.data.labels, window, self.config.new_tokens)
+
+    def reduce(self, test_rows: int, training_rows: int, epochs: int) -> None:
+        """Keep so many rows of each part, labels in turn."""
+        self.test = balanced(self.test, test_rows, self.config.seed)
+        if self.tunes:
+            self.train, self.epochs = balanced(self.train, training_rows, self.config.seed), epochs
+
+
+def prepared(config: ComparisonConfig) -> ComparisonData:
+    """Read, clean and split the data, and load the tokenizers: what is wrong with data and model names is said here."""
+    taking_part = (
+        *(config.llm_models if config.experiment != "training" else ()),
+        *(config.slm_models if config.experiment != "baseline" else ()),
+    )
+    for model in taking_part:
+        models.load_config(model.name)
+    data = dialogues.read(
+        config.data,
+        dialogue_column=config.dialogue_column,
+        label_column=config.label_column,
+        kind=config.label_kind,
+        several=config.several,
+    )
+    split = label_split.split(data, seed=config.seed, mode=config.split, limit_test=config.max_eval_samples)
+    if config.shots >= len(split.train):
+        raise ValueError(f"shots must be fewer than the {len(split.train)} training dialogues, got {config.shots}")
+    made = ComparisonData(config, data, split, {model.name: models.load_tokenizer(model.name) for model in taking_part})
+    for model in taking_part:
+        made.prompts(model)
+    return made
+
+
+def balanced(rows: Sequence[Dialogue], most: int | None, seed: int) -> tuple[Dialogue, ...]:
+    """At most so many rows, one of every label in turn, in their order."""
+    if most is None or most >= len(rows):
+        return tuple(rows)
+    (chosen,) = break_even.subsets([row.labels[0] for row in rows], [most], seed)
+    return tuple(rows[at] for at in chosen)

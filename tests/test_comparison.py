@@ -1,0 +1,310 @@
+"""Does a comparison ask, tune and ask again what it says, on unseen dialogues, once, and report a fault in itself?"""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from nbhelpers import comparison_answers, comparison_data, generated_dialogues, models, prompts
+from nbhelpers.comparison import Comparison
+from nbhelpers.comparison_config import ComparisonConfig
+from nbhelpers.tracking import Interrupted
+
+CANARY = "zanzibar-canary-7"
+SMALL = {
+    "llm_models": "small-llama",
+    "slm_models": "tiny-llama",
+    "max_train_samples": 24,
+    "max_eval_samples": 18,
+    "method": "full",
+    "learning_rate": 2e-3,
+    "epochs": 1,
+    "window": 256,
+    "new_tokens": 6,
+    "latency_requests": 2,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="session")
+def dialogues_file(tmp_path_factory):
+    """84 bundled dialogues of the labels that have most, as a user's csv; each names the canary."""
+    rows = generated_dialogues.rows()
+    often = sorted({row["ICD10"] for row in rows}, key=lambda code: -sum(row["ICD10"] == code for row in rows))[:6]
+    path = tmp_path_factory.mktemp("dialogues") / "talks.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([" Dialogue", "ICD10"])
+        for code in often:
+            for row in [row for row in rows if row["ICD10"] == code][:14]:
+                writer.writerow([f"{row['Dialogue']}\nDoctor: Thank you, {CANARY}.", code])
+    return path
+
+
+def config(file, **fields) -> ComparisonConfig:
+    return ComparisonConfig(**({"data": str(file)} | SMALL | fields))
+
+
+@pytest.fixture(scope="session")
+def done(dialogues_file, tmp_path_factory):
+    """(config, result, root) of a small whole comparison."""
+    root = tmp_path_factory.mktemp("comparisons")
+    asked = config(dialogues_file, break_even_points=1, ensemble=True)
+    heard = []
+    return asked, Comparison.run(asked, root=root, progress=heard.append), root, heard
+
+
+def results(result) -> dict:
+    with open(f"{result['run_dir']}/results.json", encoding="utf-8") as file:
+        return json.load(file)
+
+
+def no_model(*_, **__):
+    raise AssertionError("a model was loaded")
+
+
+# ------------------------------------------------------------------------------------------------ what it leaves
+
+
+def test_results_have_an_entry_for_each_state_and_baseline(done):
+    _, result, _, _ = done
+    assert set(results(result)) == {
+        "LLM_small-llama_untrained",
+        "SLM_tiny-llama_zero_shot",
+        "SLM_tiny-llama_finetuned",
+        "BASELINE_majority",
+        "BASELINE_nearest",
+        "BASELINE_tfidf_linear",
+        "ENSEMBLE_small-llama_tiny-llama",
+    }
+
+
+def test_an_entry_says_what_it_is_and_what_was_measured(done):
+    entry = results(done[1])["SLM_tiny-llama_finetuned"]
+    assert (entry["model_type"], entry["training_status"], entry["precision"]) == ("SLM", "finetuned", "float32")
+    assert entry["n_samples"] == 18 and entry["training_metrics"]["rows"] == 24
+    assert entry["parameters"] == 430_944 and entry["model_size"] == "431K parameters"
+    assert entry["performance"]["latency"]["n"] == 2 and entry["performance"]["dialogues_per_second"] > 0
+    assert entry["memory"]["weights_bytes"] == 4 * 430_944
+    assert results(done[1])["LLM_small-llama_untrained"]["training_metrics"] is None
+    assert results(done[1])["BASELINE_majority"]["memory"] is None, "what was not measured is null"
+
+
+def test_every_state_answered_the_same_documents_in_the_same_order(done):
+    _, result, _, _ = done
+    ids = {}
+    for key, entry in result["models"].items():
+        if entry["model_type"] != "ENSEMBLE":
+            with open(f"{result['run_dir']}/{entry['predictions']}", encoding="utf-8") as file:
+                ids[key] = [json.loads(line)["id"] for line in file]
+    assert len(ids) == 6 and len({tuple(one) for one in ids.values()}) == 1
+
+
+def test_all_facts_hold_and_the_tuning_was_as_the_asking(done):
+    _, result, _, _ = done
+    assert result["all_facts_hold"]
+    names = {(fact.get("model"), fact["name"]) for fact in result["facts"]}
+    tuned = "SLM_tiny-llama_finetuned"
+    for name in ("trained_as_asked", "loss_is_the_models_own", "saved_model_is_the_same", "choices_score_as_alone"):
+        assert (tuned, name) in names
+    assert (None, "test_is_unseen") in names
+
+
+def test_the_verdict_stands_with_its_interval_beside_the_baselines(done):
+    answer = done[1]["answer"]
+    assert answer["answer"] in ("yes", "no", "cannot tell") and answer["n"] == 18
+    assert answer["difference"]["low"] <= answer["difference"]["mean"] <= answer["difference"]["high"]
+    assert answer["baselines"]["best"].startswith("BASELINE_")
+
+
+def test_the_break_even_curve_goes_from_no_dialogues_to_all(done):
+    curve = done[1]["break_even"]
+    assert [point["rows"] for point in curve["points"]] == [0, 12, 24]
+    assert curve["large"]["accuracy"] == done[1]["models"]["LLM_small-llama_untrained"]["top_1_accuracy"]
+
+
+def test_progress_names_the_phase_and_the_model_at_work(done):
+    stages = [(now["stage"], now.get("key")) for now in done[3]]
+    order = [key for stage, key in stages if stage == "answered"]
+    assert order[:3] == ["BASELINE_majority", "BASELINE_nearest", "BASELINE_tfidf_linear"]
+    assert order[3:] == ["LLM_small-llama_untrained", "SLM_tiny-llama_zero_shot", "SLM_tiny-llama_finetuned"]
+    assert ("tuning", "SLM_tiny-llama_finetuned") in stages
+
+
+def test_the_tuned_model_loads_in_plain_transformers(done):
+    from transformers import AutoModelForCausalLM
+
+    folder = done[1]["models"]["SLM_tiny-llama_finetuned"]["model_dir"]
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 430_944
+
+
+def test_no_dialogue_stands_in_what_a_run_leaves(done):
+    root = done[2]
+    for path in root.rglob("*"):
+        if path.is_file():
+            assert CANARY.encode() not in path.read_bytes(), path
+
+
+# ------------------------------------------------------------------------------------------------ answers from before
+
+
+def test_a_second_run_loads_no_model_and_gives_the_identical_results(done, monkeypatch):
+    asked, first, root, _ = done
+    monkeypatch.setattr(models, "load_model", no_model)
+    second = Comparison.run(asked, root=root)
+    assert second["run_dir"] != first["run_dir"]
+    assert results(second) == results(first)
+    assert {phase["came"] for phase in second["phases"] if phase["name"] != "baselines"} == {"cached"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"system_prompt": "Say the code."}, {"shots": 1}, {"new_tokens": 7}, {"cache": False}, {"window": 200}]
+)
+def test_what_decides_an_answer_is_asked_anew(done, dialogues_file, monkeypatch, change):
+    _, _, root, _ = done
+    monkeypatch.setattr(models, "load_model", no_model)
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        Comparison.run(config(dialogues_file, **change), root=root)
+
+
+@pytest.mark.parametrize("change", [{"epochs": 2}, {"learning_rate": 1e-3}, {"seed": 1}, {"max_train_samples": 20}])
+def test_another_training_is_not_answered_from_before(done, dialogues_file, change):
+    asked, _, _, _ = done
+    other = config(dialogues_file, **change)
+    identities = []
+    for one in (asked, other):
+        on = comparison_data.prepared(one)
+        tuning = comparison_answers.Tuning(on.train, on.validation, one.training(one.slm_models[0], len(on.train)))
+        asking = comparison_answers.Asking("k", one.slm_models[0], on.prompts(one.slm_models[0]), {}, (), tuning)
+        identities.append(comparison_answers.identity(asking, one)["tuning"])
+    assert identities[0] != identities[1]
+
+
+def test_answers_that_are_too_old_or_torn_do_not_serve(done, tmp_path):
+    _, _, root, _ = done
+    place = sorted((root / ".predictions").glob("coding-*"))[0]
+    assert comparison_answers.read(place) is not None
+    assert comparison_answers.read(place, oldest_days=1e-9) is None
+    copy = tmp_path / place.name
+    copy.mkdir()
+    for file in place.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes()[:-20])
+    assert comparison_answers.read(copy) is None
+
+
+def test_clearing_deletes_kept_answers_and_nothing_else(tmp_path):
+    (tmp_path / ".predictions" / "coding-1").mkdir(parents=True)
+    (tmp_path / ".predictions" / "other.json").write_text("{}")
+    assert comparison_answers.clear(tmp_path, older_than_days=1) == 0
+    assert comparison_answers.clear(tmp_path) == 1
+    assert [path.name for path in (tmp_path / ".predictions").iterdir()] == ["other.json"]
+
+
+# ------------------------------------------------------------------------------------------------ stopped, and gone on
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(done, dialogues_file, tmp_path):
+    asked, whole, _, _ = done
+    seen = []
+
+    def stop() -> bool:
+        return len(seen) > 60
+
+    with pytest.raises(Interrupted):
+        Comparison.run(asked, run_dir=tmp_path / "run", progress=seen.append, should_stop=stop)
+    assert not (tmp_path / "run" / "result.json").exists()
+    again = Comparison.run(asked, run_dir=tmp_path / "run", resume=True)
+    for key, entry in results(whole).items():
+        for name in ("top_1_accuracy", "exact_match_accuracy", "macro_f1", "errors"):
+            assert results(again)[key][name] == entry[name], (key, name)
+
+
+# ------------------------------------------------------------------------------------------------ sabotage
+
+
+@pytest.fixture
+def tiny(dialogues_file):
+    return config(
+        dialogues_file,
+        experiment="training",
+        baselines="majority",
+        break_even_points=0,
+        max_train_samples=8,
+        max_eval_samples=6,
+        answers="ranking",
+        latency_requests=1,
+        cache=False,
+    )
+
+
+def test_a_prompt_that_differs_in_training_is_reported_as_failed(tiny, tmp_path, monkeypatch):
+    honest = prompts.Prompts.row
+
+    def other(self, dialogue, label):
+        return honest(self, dialogue.replace("Doctor:", "D:"), label)
+
+    monkeypatch.setattr(prompts.Prompts, "row", other)
+    result = Comparison.run(tiny, root=tmp_path)
+    assert not result["all_facts_hold"]
+    assert [fact["name"] for fact in result["facts"] if not fact["ok"]] == ["trained_as_asked"]
+
+
+def test_a_prompt_in_the_loss_is_reported_as_failed(tiny, tmp_path, monkeypatch):
+    honest = prompts.Prompts.row
+    monkeypatch.setattr(
+        prompts.Prompts,
+        "row",
+        lambda self, dialogue, label: (row := honest(self, dialogue, label)) | {"labels": row["input_ids"].clone()},
+    )
+    result = Comparison.run(tiny, root=tmp_path)
+    failed = {fact["name"] for fact in result["facts"] if not fact["ok"]}
+    assert failed == {"trained_as_asked", "loss_is_on_the_completion_alone"}
+
+
+def test_answers_whose_facts_fail_are_not_kept(tiny, tmp_path, monkeypatch):
+    honest = prompts.Prompts.row
+    monkeypatch.setattr(prompts.Prompts, "row", lambda self, dialogue, label: honest(self, dialogue + " x", label))
+    Comparison.run(tiny, root=tmp_path)
+    assert len(list((tmp_path / ".predictions").glob("coding-*"))) == 1, "the untuned model's alone"
+
+
+# ------------------------------------------------------------------------------------------------ one side, budget
+
+
+def test_one_side_alone_decides_nothing(tiny, tmp_path):
+    result = Comparison.run(tiny, root=tmp_path)
+    assert not any(key.startswith("LLM") for key in result["models"])
+    assert "the other side was not evaluated, so nothing is decided" in result["verdict"]
+    assert result["answer"]["answer"] == "cannot tell" and result["break_even"] is None
+
+
+def test_a_budget_chooses_rows_and_says_what_they_can_tell(dialogues_file, tmp_path):
+    asked = config(dialogues_file, budget="10m", epochs=2, break_even_points=0, baselines="majority", answers="ranking")
+    result = Comparison.run(asked, root=tmp_path)
+    assert result["budget"]["test_rows"] == 18 and result["budget"]["epochs"] == 2
+    assert "the smallest difference" in result["budget"]["text"]
+    with pytest.raises(ValueError, match="a budget of .* is too short"):
+        Comparison.run(asked.model_copy(update={"budget": "1s"}), root=tmp_path / "short")
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"label_column": "code"}, "code"),
+        ({"llm_models": "smal-llama"}, "Did you mean 'small-llama'"),
+        ({"data": "talks.pdf"}, "talks.pdf"),
+        ({"shots": 20, "max_train_samples": 200, "data": "bundled", "window": 256}, "give fewer shots"),
+        ({"window": 40}, "leaves nothing of a window of 40"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_a_run_directory_exists(dialogues_file, tmp_path, monkeypatch, fields, says):
+    monkeypatch.setattr(models, "load_model", no_model)
+    with pytest.raises((ValueError, LookupError)) as error:
+        Comparison.run(config(dialogues_file, **fields), root=tmp_path)
+    assert says in str(error.value) and not list(tmp_path.iterdir())

@@ -1,0 +1,154 @@
+"""Which label does a model give: ranked as separate model passes rank, written and read without guessing?"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nbhelpers import label_answers, models
+from nbhelpers.dialogues import Dialogue
+from nbhelpers.prompts import Prompts, Wording
+
+CODES = ("E119", "E1165", "I10", "J4520")
+ROWS = tuple(
+    Dialogue(id=number, position=number, text=text, labels=(label,), group=number)
+    for number, (text, label) in enumerate(
+        [
+            ("Patient: I am thirsty.\nDoctor: Your sugar is high.", "E119"),
+            ("Patient: I wheeze at night.\nDoctor: Since when? Tell me all of it, slowly.\nPatient: A week.", "J4520"),
+            ("Patient: My head is heavy.", "I10"),
+        ]
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return models.load_model("tiny-llama", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded):
+    return Prompts(loaded.tokenizer, Wording(), CODES, 256, 12)
+
+
+# ------------------------------------------------------------------------------------------------ ranking
+
+
+def test_labels_are_ranked_by_the_log_probability_of_label_and_end(loaded, prompts):
+    """Against a plain pass of the model for each label, normalised by hand."""
+    found = dict(label_answers.answered(loaded.model, prompts, ROWS, ("ranking",)))
+    for number, row in enumerate(ROWS):
+        sums = []
+        for label in CODES:
+            taught = prompts.row(row.text, label)
+            with torch.no_grad():
+                logs = loaded.model(input_ids=taught["input_ids"][None]).logits[0, :-1].log_softmax(-1)
+            told = taught["labels"][1:]
+            sums.append(sum(float(logs[at, token]) for at, token in enumerate(told.tolist()) if token != -100))
+        total = math.log(sum(math.exp(value) for value in sums))
+        line = found[number]
+        assert line["ranked"] == [CODES[at] for at in np.argsort([-value for value in sums])]
+        np.testing.assert_allclose(line["logprobs"], [value - total for value in sums], atol=1e-4)
+        assert line["probability"] == pytest.approx(math.exp(max(sums) - total), abs=1e-5)
+
+
+def test_labels_of_one_likelihood_keep_their_order():
+    line = label_answers.ranked([-1.0, -0.5, -1.0], ["a", "b", "c"])
+    assert line["ranked"] == ["b", "a", "c"]
+    assert float(np.exp(line["logprobs"]).sum()) == pytest.approx(1)
+
+
+def test_a_likelihood_that_is_no_number_is_no_answer():
+    with pytest.raises(FloatingPointError, match="label 'b' is no number"):
+        label_answers.ranked([-1.0, math.nan], ["a", "b"])
+
+
+def test_that_labels_scored_together_are_scored_as_alone_is_checked(loaded, prompts):
+    fact = label_answers.labels_score_as_alone(loaded.model, prompts, ROWS)
+    assert fact.ok and "4 choices" in fact.saw
+
+
+# ------------------------------------------------------------------------------------------------ written answers
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("E11.9", "E119"),
+        (" e11.65 is it", "E1165"),
+        ("The code is I10.", "I10"),
+        ("Z99.2", "Z992"),  # a valid code that is no label here: an answer, and a wrong one
+        ("Her B12 level is low", None),
+        ("no idea", None),
+        ("", None),
+    ],
+)
+def test_a_written_code_is_read_or_there_is_none(text, label):
+    assert label_answers.read(text, "icd10", CODES) == label
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("ROS", "ROS"),
+        ("ros.\nThe rest does not count: EXAM", "ROS"),
+        ("It is FAM/SOCHX, I think", "FAM/SOCHX"),
+        ("FAM/SOCHX", "FAM/SOCHX"),
+        ("the section is PASTMEDICALHX", "PASTMEDICALHX"),
+        ("either EXAM or ROS", None),  # two labels: no guess
+        ("ROSE", None),
+        ("", None),
+    ],
+)
+def test_a_written_label_is_read_where_it_is_the_only_one(text, label):
+    names = ("EXAM", "ROS", "FAM/SOCHX", "SOCHX", "PASTMEDICALHX", "MEDICALHX")
+    assert label_answers.read(text, "labels", names) == label
+
+
+def test_what_is_written_is_what_the_model_writes_greedily_after_the_same_prompt(loaded, prompts):
+    found = dict(label_answers.answered(loaded.model, prompts, ROWS, ("writing",)))
+    for number, row in enumerate(ROWS):
+        ids = torch.tensor([prompts.prompt(row.text).ids])
+        with torch.no_grad():
+            whole = loaded.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        text = loaded.tokenizer.decode(whole, skip_special_tokens=True).split("\n")[0]
+        assert found[number]["said"] == text.strip()
+
+
+# ------------------------------------------------------------------------------------------------ facts and times
+
+
+def taught(prompts):
+    return [prompts.row(row.text, row.labels[0]) for row in ROWS]
+
+
+def test_training_rows_made_by_the_builder_are_as_asked(prompts):
+    fact = label_answers.trained_as_asked(prompts, ROWS, taught(prompts))
+    assert fact.ok and fact.values == {"rows": 3, "same_prompt": 3, "answer_alone": 3}
+
+
+def test_another_prompt_in_training_is_reported_as_failed(prompts):
+    other = Prompts(prompts.tokenizer, Wording(system="Read this."), CODES, 256, 12)
+    fact = label_answers.trained_as_asked(prompts, ROWS, taught(other))
+    assert not fact.ok and fact.values["same_prompt"] == 0
+
+
+def test_a_prompt_in_the_loss_is_reported_as_failed(prompts):
+    rows = [row | {"labels": row["input_ids"].clone()} for row in taught(prompts)]
+    fact = label_answers.trained_as_asked(prompts, ROWS, rows)
+    assert not fact.ok and fact.values == {"rows": 3, "same_prompt": 3, "answer_alone": 0}
+
+
+def test_an_end_token_left_out_of_the_loss_is_reported_as_failed(prompts):
+    rows = taught(prompts)
+    rows[1]["labels"][-1] = -100
+    assert not label_answers.trained_as_asked(prompts, ROWS, rows).ok
+
+
+def test_latency_is_of_single_requests_without_the_first(loaded, prompts):
+    found = label_answers.latency(loaded.model, prompts, ROWS, "ranking")
+    assert found["n"] == 3 and 0 < found["p50"] <= found["p95"] <= found["p99"] and found["kind"] == "ranking"
