@@ -1,4 +1,4 @@
-"""Which rows do a csv, json, jsonl or parquet file and a data set of the hub hold, and where does each stand?
+"""Which rows do a csv, xlsx, json, jsonl or parquet file and a data set of the hub hold, and where does each stand?
 
 Nothing is judged here beyond what a row is: fields are those of the source, as it has them.
 """
@@ -9,12 +9,15 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
+TABLES = (".csv", ".xlsx", ".json", ".jsonl", ".parquet")  # what rows with named columns come in
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,21 @@ class Found:
     problem: str | None = None
 
 
-def of_file(path: str | Path) -> Iterator[Found]:
+def of_file(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Iterator[Found]:
     """Rows of a file, in order. LookupError where there is none, ValueError where it is no file of rows.
 
     .csv: UTF-8 with a header; .jsonl: an object a line; .json: a list of objects, or the same as .jsonl; .txt: one row
-    whose field `text` is the whole file.
+    whose field `text` is the whole file; .xlsx (where `suffixes` has it): the first sheet with a header.
     """
     path = Path(os.path.expanduser(path))
     if not path.exists():
         raise LookupError(f"data file {str(path)!r} does not exist")
-    if not path.is_file() or path.suffix not in SUFFIXES:
-        raise ValueError(f"data must be a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, got {str(path)!r}")
+    if not path.is_file() or path.suffix not in suffixes:
+        raise ValueError(f"data must be a {', '.join(suffixes[:-1])} or {suffixes[-1]} file, got {str(path)!r}")
     if path.suffix == ".parquet":
         return _parquet_rows(path)
+    if path.suffix == ".xlsx":
+        return _workbook_rows(path)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,6 +99,49 @@ def _parquet_rows(path: Path) -> Iterator[Found]:
     except pyarrow.ArrowException as error:
         raise ValueError(f"{str(path)!r} is not Parquet: {str(error).splitlines()[0]}") from error
     return _counted(rows, str(path))
+
+
+def _workbook_rows(path: Path) -> Iterator[Found]:
+    """Values as they were last saved: a formula is never computed, and one without a saved value is named."""
+    for values, written in zip(_sheets(path, data_only=True), _sheets(path, data_only=False), strict=True):
+        filled = [number for number, cells in enumerate(written) if any(cell is not None for cell in cells)]
+        if filled:
+            return _sheet_rows(path, values, written, filled)
+    raise ValueError(f"{str(path)!r} has no sheet with a header; its first filled row must name the columns")
+
+
+def _sheet_rows(path: Path, values: list[tuple], written: list[tuple], filled: list[int]) -> Iterator[Found]:
+    names = [None if cell is None else str(cell) for cell in values[filled[0]]]
+    if twice := {name for name in names if name is not None and names.count(name) > 1}:
+        raise ValueError(f"{str(path)!r} names {len(twice)} of its columns twice; give each column its own name")
+    for number in filled[1:]:
+        place, cells = f"{str(path)!r} row {number + 1}", values[number]
+        named = [*names, *[None] * (len(cells) - len(names))]
+        if any(cell is None and formula is not None for cell, formula in zip(cells, written[number], strict=True)):
+            yield Found(place, None, "holds a formula whose value was never saved; save values instead")
+        elif any(cell is not None and name is None for cell, name in zip(cells, named, strict=False)):
+            yield Found(place, None, "has more cells than the header")
+        else:
+            yield Found(place, {name: cell for name, cell in zip(named, cells, strict=False) if name is not None})
+
+
+def _sheets(path: Path, data_only: bool) -> list[list[tuple]]:
+    """The cells of each sheet, row by row. data_only: what formulas gave when the file was saved, else formulas."""
+    import openpyxl
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of forms and colours that are not read
+            book = openpyxl.load_workbook(path, read_only=True, data_only=data_only)
+            try:
+                for sheet in book.worksheets:
+                    sheet.reset_dimensions()  # some programs write a wrong size, and rows beyond it are not read
+                return [list(sheet.iter_rows(values_only=True)) for sheet in book.worksheets]
+            finally:
+                book.close()
+    except (BadZipFile, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, SyntaxError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{str(path)!r} is not an xlsx workbook ({reason}); save it again, or as csv") from error
 
 
 def of_hub(path: str, config: str | None, split: str) -> Iterator[Found]:
