@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow check unit nbval notebooks colab screenshots models bench sweep-demo soak install clean
+.PHONY: help run test test-slow check unit nbval notebooks colab screenshots models bench sweep-demo compare-demo soak install clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -54,11 +54,14 @@ models: .venv/.installed  ## train the bundled tiny models again
 	$(BIN)/python -m nbhelpers.pretrain
 
 bench: .venv/.installed  ## side-by-side measurements against peers, one after the other
-	@set -e; for file in $(filter-out benchmarks/soak.py benchmarks/soak_sweep.py benchmarks/sweep_demo.py,$(wildcard benchmarks/[a-z]*.py)); do [ -f "$$file" ] || { echo "no benchmarks yet"; break; }; \
+	@set -e; for file in $(filter-out benchmarks/soak.py benchmarks/soak_sweep.py benchmarks/sweep_demo.py benchmarks/comparison_demo.py,$(wildcard benchmarks/[a-z]*.py)); do [ -f "$$file" ] || { echo "no benchmarks yet"; break; }; \
 	  echo "== $$file"; $(BIN)/python "$$file"; done
 
 sweep-demo: .venv/.installed  ## 360 rows of sparsity on two bundled models: an hour on two cores, goes on where it was
 	$(BIN)/python benchmarks/sweep_demo.py --readme README.md
+
+compare-demo: .venv/.installed  ## large against small tuned models on bundled dialogues; MTS=mts_dialog.jsonl adds real ones
+	$(BIN)/python benchmarks/comparison_demo.py --readme README.md $(if $(MTS),--mts $(MTS))
 
 soak: .venv/.installed  ## long fault runs: 20 kills of fine-tuning runs, 80 of sweeps, their tables in README and benchmarks/results
 	$(BIN)/python benchmarks/soak.py --readme README.md

@@ -75,11 +75,12 @@ def _read(config: Path | None) -> dict[str, Any]:
 
 
 class Told(Progress):
-    """Progress with the model at work, and interim verdicts as they come."""
+    """Progress with the model at work, what it got right, and interim verdicts as they come."""
 
     def __call__(self, now: dict) -> None:
         interim = now.get("interim")
-        super().__call__(now | {"at": f"{now.get('key', '')} {now.get('part', '')}".strip()})
+        done = {"done": now["right"]} if now["stage"] == "answered" else {}
+        super().__call__(now | done | {"at": f"{now.get('key', '')} {now.get('part', '')}".strip()})
         if interim:
             typer.echo(interim, err=True)
 
@@ -153,3 +154,83 @@ def report() -> Callable:
         carry_out(work, lambda found: found["report"], json)
 
     return command
+
+
+def interview() -> Callable:
+    def command(
+        folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of JSON files, one an interview")],
+        model: Annotated[list[str], typer.Option(help="a tuned model's folder; may be repeated")],
+        out: Annotated[Path | None, typer.Option(help="write the result there too, as JSON")] = None,
+        lenient: Annotated[bool, typer.Option(help="leave out files that are no interviews, and list them")] = False,
+        device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; None = what is found")] = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import interviews, label_answers, records
+
+            taught = {name: label_answers.prompts_of(name) for name in model}
+            kinds = {one.wording.kind for one in taught.values()}
+            if len(kinds) > 1:
+                raise ValueError("some of these models were taught codes and some labels: ask them one kind at a time")
+            labels = set().union(*(one.labels for one in taught.values()))
+            result = interviews.run(
+                folder,
+                model,
+                lambda name, dialogues: label_answers.ask(name, dialogues, device=device),
+                kind=kinds.pop(),
+                labels=labels,
+                lenient=lenient,
+            )
+            if out is not None:
+                records.write_json(out, records.plain(result))
+            return result
+
+        carry_out(work, show_interviews, json)
+
+    return command
+
+
+def show_interviews(result: dict) -> str:
+    """The answers for people: a line a model and interview, then a line a model."""
+    from nbhelpers import interviews
+
+    lines = [f"{'interview':<24} {'expected':<12} {'answer':<12} {'':<6} model"]
+    for row in interviews.table(result):
+        said = [row["expected"] or "", row["answer"] or "none", {True: "right", False: "wrong", None: ""}[row["right"]]]
+        lines.append(f"{row['interview']:<24} {said[0]:<12} {said[1]:<12} {said[2]:<6} {row['model']}")
+    lines.append("")
+    for row in result["summary"]:
+        if row["accuracy"] is None:
+            lines.append(f"{row['model']}: {row['n']} answered, none has an expected label")
+            continue
+        between = f"[{row['low']:.2f}, {row['high']:.2f}]"
+        lines.append(f"{row['model']}: {row['right']} of {row['with_expected_label']} right {between}")
+    lines += [f"left out: {line}" for line in result["left_out"]]
+    lines += [
+        f"{one}: its expected label is none that the models know" for one in result["label_not_known_to_the_models"]
+    ]
+    return "\n".join([*lines, "", result["notice"]])
+
+
+def compare_migrate() -> Callable:
+    def command(
+        file: Annotated[Path, typer.Argument(metavar="FILE", help="an older config or results file, JSON or YAML")],
+        slm_name: Annotated[str | None, typer.Option(help="which small model Finetuned_SLM was")] = None,
+        percent: Annotated[
+            bool | None, typer.Option(help="whether its accuracies are percent; None = told apart")
+        ] = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import migration
+
+            path, found = migration.write(file, slm_name=slm_name, percent=percent)
+            return {"kind": found.kind, "file": str(path), "notes": list(found.notes)}
+
+        carry_out(work, show_migrated, json)
+
+    return command
+
+
+def show_migrated(found: dict) -> str:
+    return "\n".join([*found["notes"], f"{found['kind']} written to {found['file']}"])

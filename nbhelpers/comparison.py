@@ -100,6 +100,8 @@ class Comparison:
             self._tell("baseline", key=key)
             lines, scores, info = {}, {}, {}
             for part, rows in (("test", self.on.test), ("validation", self.on.validation)):
+                if not rows:
+                    continue
                 lines[part], scores[part], info = baselines.answers(
                     name, self.on.train, self.on.validation, rows, self.on.data.labels, self.config.seed
                 )

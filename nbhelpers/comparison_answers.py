@@ -26,7 +26,7 @@ from nbhelpers.tracking import ExperimentTracker, Interrupted
 
 FORMAT = 1  # of the code that makes these answers
 PREFIX = "coding-"  # of the folders of kept answers
-PARTIAL = "answers.partial.jsonl"
+PARTIAL = "predictions.partial.jsonl"  # archives leave predictions out
 VALIDATION_ROWS = 64  # that choose the best state of a tuning
 CHECKED_ROWS = 64  # training rows of which is checked that they are asked as they are taught
 DAY = 86_400
@@ -106,12 +106,23 @@ def obtain(
     known = identity(asking, config)
     place = None if known is None else _folder(tracker.run_dir) / f"{PREFIX}{records.sha256_json(known)}"
     found = read(place, config.cache_days) if config.cache and place is not None else None
+    if found is not None and (gone := _lost_model(asking, found)):
+        tracker.event(
+            "answers", key=asking.key, came="asked again", why=f"the tuned model {gone!r} is not there any more"
+        )
+        found = None
     if found is None:
         found = _ask(asking, config, tracker, tell, should_stop)
         if place is not None and all(fact["ok"] for fact in found.about["facts"]):
             write(place, found)
     tracker.event("answers", key=asking.key, came=found.came)
     return found
+
+
+def _lost_model(asking: Asking, found: Answers) -> str | None:
+    """The folder of the tuned model that these answers are of, where it is gone: whoever tunes wants the model too."""
+    folder = found.about["model_dir"] if asking.tuning is not None and asking.tuning.keep else None
+    return None if folder is None or Path(folder).is_dir() else folder
 
 
 # Kept answers ---------------------------------------------------------------------------------------------------------
@@ -195,7 +206,7 @@ def _ask(asking: Asking, config: ComparisonConfig, tracker: ExperimentTracker, t
         if asking.tuning is not None and tuned is None:
             tuned = _tune(asking, model, folder, tracker, tell, should_stop, checked)
         if tuned is not None:
-            about |= {"training": tuned, "model_dir": str(folder / "model") if asking.tuning.keep else None}
+            about |= {"training": tuned, "model_dir": str((folder / "model").resolve()) if asking.tuning.keep else None}
         about["memory"] = {"weights_bytes": models.weight_bytes(model)}
         answers = _answer(asking, config, model, folder, tell, should_stop)
         checked.append(label_answers.labels_score_as_alone(model, asking.prompts, asking.parts["test"]))
@@ -317,6 +328,7 @@ def _tune(asking: Asking, model, folder: Path, tracker, tell, should_stop, check
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if tuning.keep:
         checked.append(_saved(model, prompts, folder / "model", taught[0]))
+        prompts.save(folder / "model")
         records.write_json(folder / "training.json", records.plain(record))
     return record
 

@@ -86,6 +86,11 @@ def prepared(config: ComparisonConfig) -> ComparisonData:
         several=config.several,
     )
     split = label_split.split(data, seed=config.seed, mode=config.split, limit_test=config.max_eval_samples)
+    if not split.validation and config.experiment != "baseline":
+        raise ValueError(
+            f"no label of {data.source!r} has 4 dialogues or more, so none is left to choose a tuned model's best "
+            "state by; give more dialogues a label, or ask the large models alone (experiment baseline)"
+        )
     if config.shots >= len(split.train):
         raise ValueError(f"shots must be fewer than the {len(split.train)} training dialogues, got {config.shots}")
     made = ComparisonData(config, data, split, {model.name: models.load_tokenizer(model.name) for model in taking_part})

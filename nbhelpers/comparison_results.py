@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbhelpers import break_even, coding_metrics, costs, ensemble, routing, runtime, verdicts
+from nbhelpers import break_even, coding_metrics, costs, ensemble, generated, models, routing, runtime, verdicts
 from nbhelpers.comparison_answers import Answers
 from nbhelpers.comparison_data import ComparisonData
 
@@ -14,7 +15,7 @@ NOTICE = (
     "Research software. Nothing here is for diagnosis or treatment: codes and labels come from models, and are wrong "
     "as often as the table says."
 )
-STATUS = {"untrained": "untrained", "zero": "zero_shot", "finetuned": "finetuned"}
+READ_DOCUMENTS = 3000  # of the bundled models' training text that are searched; a test searches all
 
 
 def right(answers: Answers, headline: str, part: str = "test") -> list[bool]:
@@ -51,7 +52,7 @@ def result(
     return {
         "kind": "comparison",
         "experiment": on.config.experiment,
-        "verdict": verdict["sentence"] if on.config.experiment == "full" else _one_side(on, entries),
+        "verdict": verdict["text"] if on.config.experiment == "full" else _one_side(on, entries),
         "answer": verdict,
         "headline": on.headline,
         "data": _data(on, counts),
@@ -241,12 +242,12 @@ def _ensemble(on: ComparisonData, answered: Mapping[str, Answers]) -> dict[str, 
 
 
 def _own_facts(on: ComparisonData) -> list[dict[str, Any]]:
-    """What must hold of the comparison as a whole: nothing tested was taught."""
+    """What must hold of the comparison as a whole: nothing tested was taught, nor read by a large model before."""
     taught = {row.text for row in (*on.train, *on.validation)}
     groups = {row.group for row in (*on.train, *on.validation)}
     same = sum(row.text in taught for row in on.test)
     near = sum(row.group in groups for row in on.test)
-    return [
+    facts = [
         {
             "name": "test_is_unseen",
             "ok": same == near == 0,
@@ -255,3 +256,26 @@ def _own_facts(on: ComparisonData) -> list[dict[str, Any]]:
             "values": {"equal": same, "near": near},
         }
     ]
+    large = [model.name for model in on.sides["LLM"]]
+    if large and all(models.locate(name)[0] == "bundled" for name in large):
+        facts.append(_not_read_before(on))
+    return facts
+
+
+def _not_read_before(on: ComparisonData) -> dict[str, Any]:
+    """Of bundled models the training text is known: does a part of it share eight words in a row with the test?"""
+    ours = set().union(*(_eight_words(row.text) for row in on.test))
+    texts = generated.documents(READ_DOCUMENTS, generated.MODEL_SEED)
+    shared = sum(bool(_eight_words(text) & ours) for text in texts)
+    return {
+        "name": "large_models_have_not_read_it",
+        "ok": shared == 0,
+        "says": "no eight words in a row of a test dialogue stand in the text that the large models were trained on",
+        "saw": f"in {shared} of its first {len(texts):,} documents",
+        "values": {"documents": len(texts), "shared": shared},
+    }
+
+
+def _eight_words(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[at : at + 8]) for at in range(len(words) - 7)}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from nbhelpers import coding_metrics, facts, generation, icd10, scoring
+from nbhelpers import coding_metrics, facts, generation, icd10, memory, models, prompts, scoring
 from nbhelpers.dialogues import Dialogue
 from nbhelpers.evaluate import evaluation_mode
 from nbhelpers.prompts import Prompts, written
@@ -125,6 +125,25 @@ def latency(
             seconds.append(time.perf_counter() - started)
     p50, p95, p99 = np.quantile(seconds, [0.5, 0.95, 0.99])
     return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "n": len(seconds), "kind": kind}
+
+
+def ask(name: str, dialogues: Sequence[str], *, device: str | None = None, should_stop=None) -> list[dict[str, Any]]:
+    """What a tuned model answers, asked as it was taught: {"ranked", "probability", "written", "said"} a dialogue.
+
+    name: a folder with a tuned model and its prompt.json, or the one around it. The model's memory is given back.
+    """
+    taught = prompts_of(name)
+    rows = [Dialogue(number, number, text, (), number) for number, text in enumerate(dialogues)]
+    found: list[dict[str, Any]] = [{} for _ in rows]
+    with memory.loaded(lambda: models.load_model(name, device=device)) as loaded:
+        for number, more in answered(loaded.model, taught, rows, KINDS, should_stop=should_stop):
+            found[number] |= {key: value for key, value in more.items() if key != "logprobs"}
+    return found
+
+
+def prompts_of(name: str) -> Prompts:
+    """The prompts that a tuned model was taught with."""
+    return prompts.load(models.locate(name)[1], models.load_tokenizer(name))
 
 
 # Facts ----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from nbhelpers import data, icd10, records
 from nbhelpers.scoring import encode
 
+FILE = "prompt.json"  # beside a tuned model: how it was taught, so that it can be asked the same way
 FORMAT = 1  # of the prompts' wording: a new number makes every cached answer an old one
 SYSTEM = {
     "icd10": "Read the talk of a doctor and a patient. Give the ICD-10-CM code of the diagnosis.",
@@ -149,6 +151,13 @@ class Prompts:
             "answers": records.sha256_json([list(self.answers[label]) for label in self.labels]),
         }
 
+    def save(self, folder: str | Path) -> None:
+        """Write prompt.json into a model's folder. Solved dialogues are counted there, their text is not kept."""
+        wording = self.wording
+        told = {"kind": wording.kind, "system": wording.system, "listed": list(wording.listed)}
+        told |= {"shots": len(wording.shots), "labels": list(self.labels)}
+        records.write_json(Path(folder) / FILE, told | {"window": self.window, "new_tokens": self.new_tokens})
+
     # how it is put together --------------------------------------------------------------------------------------
 
     def _around(self) -> tuple[str, str]:
@@ -217,3 +226,21 @@ class Prompts:
                 if special:
                     return special[0]
         return self.tokenizer.eos_token_id
+
+
+def load(folder: str | Path, tokenizer: Any) -> Prompts:
+    """The prompts that the model in `folder` was taught with.
+
+    LookupError where no prompt.json lies there; ValueError where solved dialogues stood in them, which are not kept.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise LookupError(f"{str(folder)!r} has no {FILE}, so it is not known how it was taught: name a tuned model")
+    told = records.read_json(path)
+    if told["shots"]:
+        raise ValueError(
+            f"{str(folder)!r} was taught with {told['shots']} solved dialogues in each prompt, whose text is not kept: "
+            "it cannot be asked the same way"
+        )
+    wording = Wording(told["kind"], told["system"], tuple(told["listed"]))
+    return Prompts(tokenizer, wording, told["labels"], told["window"], told["new_tokens"])

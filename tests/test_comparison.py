@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from nbhelpers import comparison_answers, comparison_data, generated_dialogues, models, prompts
+from nbhelpers import comparison_answers, comparison_data, generated, generated_dialogues, models, prompts
 from nbhelpers.comparison import Comparison
 from nbhelpers.comparison_config import ComparisonConfig
 from nbhelpers.tracking import Interrupted
@@ -195,6 +195,17 @@ def test_answers_that_are_too_old_or_torn_do_not_serve(done, tmp_path):
     assert comparison_answers.read(copy) is None
 
 
+def test_answers_of_a_tuned_model_that_is_gone_do_not_serve(done, tmp_path):
+    root = done[2]
+    kept = [comparison_answers.read(place) for place in sorted((root / ".predictions").glob("coding-*"))]
+    (tuned,) = [one for one in kept if one.about["model_dir"]]
+    tuning = comparison_answers.Tuning((), (), None)
+    asking = comparison_answers.Asking("k", None, None, {}, (), tuning)
+    assert comparison_answers._lost_model(asking, tuned) is None
+    tuned.about["model_dir"] = str(tmp_path / "gone")
+    assert comparison_answers._lost_model(asking, tuned) == str(tmp_path / "gone")
+
+
 def test_clearing_deletes_kept_answers_and_nothing_else(tmp_path):
     (tmp_path / ".predictions" / "coding-1").mkdir(parents=True)
     (tmp_path / ".predictions" / "other.json").write_text("{}")
@@ -308,3 +319,45 @@ def test_what_cannot_be_run_is_said_before_a_run_directory_exists(dialogues_file
     with pytest.raises((ValueError, LookupError)) as error:
         Comparison.run(config(dialogues_file, **fields), root=tmp_path)
     assert says in str(error.value) and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ seen before
+
+
+def test_that_the_large_model_has_not_read_the_test_is_checked(done):
+    (fact,) = [fact for fact in done[1]["facts"] if fact["name"] == "large_models_have_not_read_it"]
+    assert fact["ok"] and fact["values"] == {"documents": 3000, "shared": 0}
+
+
+def test_a_test_dialogue_out_of_the_large_models_training_text_is_reported_as_failed(tmp_path):
+    """One label's dialogues are stories that small-llama was trained on."""
+    stories = generated.documents(12, generated.MODEL_SEED)
+    file = tmp_path / "read.csv"
+    with file.open("w", newline="", encoding="utf-8") as target:
+        writer = csv.writer(target)
+        writer.writerow(["dialogue", "label"])
+        writer.writerows([[text, "story"] for text in stories])
+        writer.writerows([[f"Doctor: How is number {n}?\nPatient: It aches {n} times.", "pain"] for n in range(12)])
+    asked = config(file, experiment="baseline", baselines="majority", answers="ranking", max_eval_samples=None)
+    result = Comparison.run(asked, root=tmp_path / "runs")
+    assert [fact["name"] for fact in result["facts"] if not fact["ok"]] == ["large_models_have_not_read_it"]
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """Three dialogues of each of four labels: two to train on, none to choose by, one to test."""
+    path = tmp_path_factory.mktemp("few") / "few.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["dialogue", "label"])
+        for label in ("cold", "pain", "rash", "sleep"):
+            writer.writerows([[f"Patient: It is {label} number {n}, {n} days now.", label] for n in range(3)])
+    return path
+
+
+def test_too_few_dialogues_a_label_to_tune_on_are_refused_and_large_models_can_be_asked(few, tmp_path):
+    with pytest.raises(ValueError, match="no label of .* has 4 dialogues or more"):
+        Comparison.run(config(few), root=tmp_path / "tuned")
+    result = Comparison.run(config(few, experiment="baseline", answers="ranking"), root=tmp_path / "asked")
+    assert result["models"]["LLM_small-llama_untrained"]["n_samples"] == 4
+    assert result["models"]["BASELINE_tfidf_linear"]["top_1_accuracy"] is not None

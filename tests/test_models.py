@@ -496,3 +496,14 @@ def test_a_tokenizer_that_ends_every_text_does_so_no_more_once_loaded_or_is_refu
     except ValueError as error:  # where transformers cannot switch it off
         found = str(error)
     assert found == wanted or "ends every text with its end token" in str(found)
+
+
+def test_the_commit_of_a_hub_model_is_that_of_the_config_in_the_hubs_cache(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    kept = tmp_path / "models--a--b" / "snapshots" / "0123abcd" / "config.json"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: str(kept))
+    assert models.hub_commit("a/b") == "0123abcd"
+    assert models.hub_commit("tiny-llama") is None, "a bundled model has files of its own"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: None)
+    assert models.hub_commit("a/b") is None

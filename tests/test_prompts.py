@@ -128,3 +128,25 @@ def test_labels_that_begin_alike_differ_by_their_end():
     made = builder(labels=("F32", "F32A"))
     short, long = made.answers["F32"], made.answers["F32A"]
     assert short[-1] == long[-1] == made.end and short != long[: len(short)]
+
+
+# ------------------------------------------------------------------------------------------------ there and back
+
+
+def test_prompts_saved_beside_a_model_ask_as_it_was_taught(tmp_path):
+    made = builder(listed=CODES, system="Say the code.")
+    made.save(tmp_path)
+    again = prompts.load(tmp_path, models.load_tokenizer("tiny-llama"))
+    assert again.prompt(TALK) == made.prompt(TALK) and again.answers == made.answers
+
+
+def test_solved_dialogues_are_not_written_and_prompts_with_them_are_refused(tmp_path):
+    builder(window=512, shots=(("CANARY told a secret", "I10"),)).save(tmp_path)
+    assert "CANARY" not in (tmp_path / prompts.FILE).read_text()
+    with pytest.raises(ValueError, match="1 solved dialogues in each prompt, whose text is not kept"):
+        prompts.load(tmp_path, models.load_tokenizer("tiny-llama"))
+
+
+def test_a_folder_without_prompts_is_refused(tmp_path):
+    with pytest.raises(LookupError, match="has no prompt.json"):
+        prompts.load(tmp_path, models.load_tokenizer("tiny-llama"))

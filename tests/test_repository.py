@@ -24,10 +24,11 @@ LEVELS = {
     7: "cli commands commands_runs commands_training commands_evaluation commands_sweep commands_masks "
     "commands_comparison __main__",
     6: "widgets panel pruning_panel staged_panel fine_tuning_panel head_map analysis_panel notebook headless "
-    "selfcontained sweep_panel sweep_form sweep_cell sweep_results tick_boxes comparison_panel comparison_form",
+    "selfcontained sweep_panel sweep_form sweep_cell sweep_results tick_boxes comparison_panel comparison_form "
+    "comparison_live comparison_before comparison_said",
     5: "plots analysis_plots plots_training plots_pruning report earlier selfcheck equivalents example_grid overview "
     "overview_html sparsity_report plots_sparsity sparsity_results sparsity_answers sparsity_tables sparsity_html "
-    "plots_comparison plots_comparison_curves plots_comparison_size comparison_report comparison_tables "
+    "plots_comparison plots_comparison_curves plots_comparison_size plots_comparison_use comparison_report comparison_tables "
     "comparison_html run_report",
     4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds prefetch sparsity_price attempts "
     "retry_rules sweep sweep_pace workers ray_engine sparsity pruning_grid weight_pruning external_results "
@@ -43,7 +44,7 @@ LEVELS = {
     "task_files memory estimates colab machine faster_layers projections masked_linear",
     0: "__init__ registry strict errors ranks records redaction runlock runlog runs collection tables tracking runtime "
     "stats curves generated generated_words generated_tasks run_config manifest linefile summaries experiment_log "
-    "exports yaml_files icd10 generated_dialogues",
+    "exports yaml_files icd10 generated_dialogues near_duplicates",
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py"))}
@@ -180,7 +181,14 @@ def test_a_cycle_is_found_whatever_way_its_imports_are_written():
 @pytest.mark.parametrize(
     "package, modules",
     [
-        ("matplotlib", {"plots", "analysis_plots", "plots_training", "plots_pruning", "plots_sparsity"}),
+        (
+            "matplotlib",
+            {
+                *("plots", "analysis_plots", "plots_training", "plots_pruning", "plots_sparsity", "plots_comparison"),
+                *("plots_comparison_curves", "plots_comparison_size", "plots_comparison_use"),
+                "comparison_html",  # the type of what it embeds
+            },
+        ),
         (
             "ipywidgets",
             {
@@ -188,6 +196,7 @@ def test_a_cycle_is_found_whatever_way_its_imports_are_written():
                 "analysis_panel",
                 "sweep_panel",
                 "tick_boxes",
+                "comparison_panel",
             },
         ),
     ],

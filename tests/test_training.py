@@ -209,6 +209,7 @@ def test_reading_the_config_imports_neither_torch_nor_transformers():
         ("lora", "lora_rank", 4),
         ("lora", "lora_alpha", 32.0),
         ("lora", "lora_dropout", 0.5),
+        ("lora", "lora_targets", ("q_proj",)),
     ],
 )
 def test_every_field_of_the_recipe_changes_what_is_learned(tmp_path, method, field, value):
@@ -864,6 +865,18 @@ def test_the_trained_parameters_are_those_that_peft_and_the_pencil_count(tmp_pat
     assert result.trainable_parameters == independent.get_nb_trainable_parameters()[0] == pencil
     assert result.left_out == {}
     assert tune(llama(), tmp_path, steps=1).trainable_parameters == sum(p.numel() for p in llama().parameters())
+
+
+def test_adapters_go_on_the_layers_that_are_named_and_on_no_others(tmp_path):
+    """q and v alone: rank x (32 + 32) and rank x (32 + 16), twice."""
+    result = tune(llama(), tmp_path, method="lora", lora_rank=4, lora_targets=("q_proj", "v_proj"), steps=1)
+    assert result.trainable_parameters == 2 * 4 * ((32 + 32) + (32 + 16))
+    assert "model.layers.*.self_attn.o_proj.weight" in result.left_out
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="unknown layer of lora_targets 'q_prj'. Did you mean 'q_proj'"):
+        tune(llama(), tmp_path, method="lora", lora_targets=("q_prj",), steps=1)
 
 
 def test_matrices_without_an_adapter_are_named_with_their_share():
