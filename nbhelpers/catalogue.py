@@ -7,13 +7,18 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from nbhelpers import estimates, memory
+from nbhelpers import colab, estimates, memory
 from nbhelpers.registry import unknown
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+COMMERCIAL = ("apache-2.0", "mit")  # licences that allow any use; others have conditions of their own
+ROLES = {  # of a comparison, the ones that it asks by default first
+    "llm": ("Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3", "Qwen2.5-7B-Instruct"),
+    "slm": ("Llama-3.2-3B-Instruct", "Qwen2.5-3B-Instruct", "Qwen2.5-1.5B-Instruct", "Phi-3-mini", "TinyLlama"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,28 @@ def entry(name: str) -> Entry:
 def hub_id(name: str) -> str:
     """The hub's id of a model in the catalogue: `hub_id("opt-125m") == "facebook/opt-125m"`."""
     return entry(name).hub_id
+
+
+def offered(role: str) -> list[Entry]:
+    """The models offered for a side of a comparison: "llm", large ones, or "slm", small ones to fine-tune."""
+    if role not in ROLES:
+        raise LookupError(unknown("role", role, ROLES))
+    return [entry(name) for name in ROLES[role]]
+
+
+def open_set(role: str) -> list[Entry]:
+    """Those of them that certainly have no gate and whose licence, Apache-2.0 or MIT, allows commercial use."""
+    return [model for model in offered(role) if model.gated is False and model.licence in COMMERCIAL]
+
+
+def token_state() -> Literal["present", "absent"]:
+    """Whether downloads from the hub go with a token: of the environment, Colab's secrets or a login on this machine.
+
+    The token itself is neither returned nor logged. That it opens a certain gate is known by the hub alone.
+    """
+    from huggingface_hub import get_token
+
+    return "present" if colab.secret("HF_TOKEN") or get_token() else "absent"
 
 
 def suggest(job: str, free_bytes: int | None = None, *, tokens: int = 512, weight_bytes: int = 2) -> list[Suggestion]:

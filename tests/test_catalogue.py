@@ -27,10 +27,16 @@ PUBLISHED = {
     "Qwen2.5-0.5B": 494_032_768,
     "Qwen2.5-1.5B": 1_543_714_304,
     "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen2.5-7B-Instruct": 7_615_616_512,
     "Llama-3.2-1B": 1_235_814_400,
     "Llama-3.2-3B": 3_212_749_824,
     "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-3B-Instruct": 3_212_749_824,
+    "Llama-3.1-8B-Instruct": 8_030_261_248,
     "Mistral-7B": 7_248_023_552,
+    "Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "Mixtral-8x7B": 46_702_792_704,
     "Phi-3-mini": 3_821_079_552,
     "TinyLlama": 1_100_048_384,
@@ -90,7 +96,7 @@ def test_names_are_unique_also_without_case_and_every_entry_says_licence_and_gat
     keys = [key.lower() for e in entries for key in {e.name, e.hub_id}]
     assert len(keys) == len(set(keys))
     assert all(e.licence and e.gated in (True, False, None) for e in entries)
-    assert {e.name for e in entries if e.gated} == {"Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B"}
+    assert {e.name for e in entries if e.gated} == {name for name in PUBLISHED if name.startswith("Llama-")}
 
 
 def test_suggestions_fit_or_not_by_their_own_sum_and_stand_in_order():
@@ -99,7 +105,8 @@ def test_suggestions_fit_or_not_by_their_own_sum_and_stand_in_order():
     hub = [s for s in found if s.source != "bundled"]
     assert {s.name for s in hub} == set(PUBLISHED)
     assert all(s.fits == (s.required_bytes <= free) for s in hub)
-    assert {s.name for s in hub if not s.fits} == {"Llama-3.1-8B", "Mixtral-8x7B"}  # 16.1 GB of weights + 10 %
+    too_large = {"Llama-3.1-8B", "Llama-3.1-8B-Instruct", "Mixtral-8x7B", "Qwen2.5-7B-Instruct"}
+    assert {s.name for s in hub if not s.fits} == too_large  # 16.1 and 15.2 GB of weights + 10 % and activations
     flags = [s.fits for s in found]
     assert flags == sorted(flags, reverse=True)
     sizes = [s.required_bytes for s in found if s.fits]
@@ -167,4 +174,58 @@ def test_the_stored_file_is_strict_json_without_duplicate_models():
 
     text = (catalogue.ASSETS / "catalogue.json").read_text(encoding="utf-8")
     rows = json.loads(text, parse_constant=refuse)["models"]
-    assert len(rows) == len({row["hub_id"] for row in rows}) == 22
+    assert len(rows) == len({row["hub_id"] for row in rows}) == 28
+
+
+# sides of a comparison ------------------------------------------------------------------------------------------------
+
+
+def test_each_side_of_a_comparison_offers_what_the_issue_names_the_defaults_first():
+    assert [model.hub_id for model in catalogue.offered("llm")[:2]] == [
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "mistralai/Mistral-7B-Instruct-v0.3",
+    ]
+    assert [model.hub_id for model in catalogue.offered("slm")] == [
+        "meta-llama/Llama-3.2-3B-Instruct",
+        "Qwen/Qwen2.5-3B-Instruct",
+        "Qwen/Qwen2.5-1.5B-Instruct",
+        "microsoft/Phi-3-mini-4k-instruct",
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    ]
+    for role in catalogue.ROLES:
+        for model in catalogue.offered(role):
+            assert model.licence and model.download_bytes == 2 * PUBLISHED[model.name]
+
+
+def test_the_open_set_has_no_gate_no_uncertain_gate_and_no_licence_with_conditions():
+    assert [model.name for model in catalogue.open_set("llm")] == ["Qwen2.5-7B-Instruct"]
+    assert [model.name for model in catalogue.open_set("slm")] == ["Qwen2.5-1.5B-Instruct", "Phi-3-mini", "TinyLlama"]
+    assert catalogue.entry("Mistral-7B-Instruct-v0.3").gated is None
+    assert catalogue.entry("Qwen2.5-3B-Instruct").licence == "other (Qwen Research License: non-commercial)"
+
+
+def test_an_unknown_side_is_refused():
+    with pytest.raises(LookupError, match="unknown role 'llms'. Did you mean 'llm'?"):
+        catalogue.open_set("llms")
+
+
+@pytest.fixture
+def nobody_logged_in(monkeypatch, tmp_path):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    return monkeypatch
+
+
+def test_without_a_token_its_state_is_absent(nobody_logged_in):
+    assert catalogue.token_state() == "absent"
+
+
+def test_a_token_of_the_environment_or_of_colab_is_present_and_never_shown(nobody_logged_in, caplog, capsys):
+    with nobody_logged_in.context() as inside:
+        inside.setenv("HF_TOKEN", "hf_canary12345678")
+        assert catalogue.token_state() == "present"
+    nobody_logged_in.setattr(catalogue.colab, "secret", lambda name: "hf_canary12345678")
+    assert catalogue.token_state() == "present"
+    said = capsys.readouterr()
+    assert "canary" not in caplog.text + said.out + said.err
