@@ -156,6 +156,7 @@ def _data(on: ComparisonData, counts: Mapping[str, int]) -> dict[str, Any]:
         "rows": {"train": len(on.train), "validation": len(on.validation), "test": len(on.test)},
         "split": on.split.record,
         "cleaning": data.cleaning,
+        "chance": sum(len(row.labels) for row in on.test) / len(on.test) / len(data.labels),
         "frequency": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
         "sha256": data.sha256,
     }
@@ -183,7 +184,7 @@ def _break_even(
         return None
     line = verdicts.best(large)
     found = break_even.curve(curve["points"], large[line], seed=on.config.seed)
-    return {"model": curve["model"], "small": curve["key"], "large": line} | found
+    return {"model": curve["model"], "small": curve["key"], "large_key": line} | found
 
 
 def _routing(answered: Mapping[str, Answers]) -> dict[str, Any]:

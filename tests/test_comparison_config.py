@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
+from nbhelpers import yaml_files
 from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig, seconds_of
 from nbhelpers.errors import one_line
 
@@ -68,3 +71,10 @@ def test_a_window_beyond_the_models_positions_is_refused():
     with pytest.raises(ValueError, match="window must be at most 512 tokens for tiny-llama, got 1024"):
         config.window_of(ModelInstanceConfig(name="tiny-llama"))
     assert ComparisonConfig().window_of(ModelInstanceConfig(name="tiny-gpt2")) == 256
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parent.parent / "examples").glob("compare_*.yaml")), ids=lambda file: file.name
+)
+def test_the_examples_are_configs_that_can_be_meant(file):
+    assert ComparisonConfig(**yaml_files.read(file)).slm_models
