@@ -192,8 +192,21 @@ class Comparison:
                 "came": answers.came,
                 "memory": about.get("memory"),
                 "estimated": about.get("estimated"),
+                "estimated_seconds": self._expected(key),
             }
         )
+
+    def _expected(self, key: str) -> float | None:
+        """Seconds of a model state at the rates that a budget was chosen by; None without a budget."""
+        side, status = key.rpartition("_")[0].removesuffix("_zero"), key.rpartition("_")[2]
+        rates = self.chosen["rates"] if self.chosen else {"answer_seconds": {}}
+        if side not in rates["answer_seconds"]:
+            return None
+        states = 2 if side in rates["training_seconds"] else 1
+        seconds = (rates["load_seconds"][side] + len(self.on.test) * rates["answer_seconds"][side]) / states
+        if status == "finetuned":
+            seconds += len(self.on.train) * self.on.epochs * rates["training_seconds"][side]
+        return seconds
 
     def _write_cards(self, result: Mapping[str, Any]) -> None:
         """A model card beside each tuned model that this run has made."""
@@ -251,10 +264,10 @@ class Comparison:
         else:
             rates = comparison_pace.rates(self.on, self._tell, self.should_stop)
             wanted = budget.Wanted(len(self.on.test), len(self.on.train) * self.on.tunes, self.config.epochs)
-            self.chosen = vars(budget.choose(seconds_of(self.config.budget), rates, wanted))
+            self.chosen = vars(budget.choose(seconds_of(self.config.budget), rates, wanted)) | {"rates": vars(rates)}
             records.write_json(kept, self.chosen)
         self.on.reduce(*(self.chosen[name] for name in ("test_rows", "training_rows", "epochs")))
-        self.tracker.event("budget", **self.chosen)
+        self.tracker.event("budget", **{name: value for name, value in self.chosen.items() if name != "rates"})
         self._tell("budget", says=self.chosen["text"])
 
     # who is told --------------------------------------------------------------------------------------------------

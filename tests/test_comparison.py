@@ -297,6 +297,9 @@ def test_a_budget_chooses_rows_and_says_what_they_can_tell(dialogues_file, tmp_p
     result = Comparison.run(asked, root=tmp_path)
     assert result["budget"]["test_rows"] == 18 and result["budget"]["epochs"] == 2
     assert "the smallest difference" in result["budget"]["text"]
+    expected = {phase["model"]: phase["estimated_seconds"] for phase in result["phases"]}
+    assert expected["SLM_tiny-llama_finetuned"] > expected["SLM_tiny-llama_zero_shot"] > 0
+    assert expected["BASELINE_majority"] is None
     with pytest.raises(ValueError, match="a budget of .* is too short"):
         Comparison.run(asked.model_copy(update={"budget": "1s"}), root=tmp_path / "short")
 
