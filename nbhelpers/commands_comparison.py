@@ -11,22 +11,16 @@ import typer
 
 from nbhelpers.commands import Json, Progress, Violation, carry_out, keyword, options_of, with_options
 
-MODELS = {"model_llm": "llm_models", "model_slm": "slm_models"}  # option -> the field that it sets
-OWN = ("llm_models", "slm_models", "baselines")
+OWN = ("llm_models", "slm_models", "baselines")  # fields whose options are made here
 
 
 def compare_run() -> Callable:
     from nbhelpers.comparison import Comparison
     from nbhelpers.comparison_config import ComparisonConfig
 
-    def command(out, config, model_llm, model_slm, baselines, force_recompute, clear_cache, resume, json, **options):
+    def command(out, config, force_recompute, clear_cache, resume, json, **options):
         def work() -> dict:
-            asked = {name: value for name, value in options.items() if value is not None}
-            asked |= {"llm_models": tuple(model_llm)} if model_llm else {}
-            asked |= {"slm_models": tuple(model_slm)} if model_slm else {}
-            asked |= {"baselines": baselines} if baselines is not None else {}
-            asked |= {"cache": False} if force_recompute else {}
-            made = ComparisonConfig(**(_read(config) | asked))
+            made = ComparisonConfig(**(_read(config) | _asked(options, force_recompute)))
             if clear_cache:
                 from nbhelpers import comparison_answers
 
@@ -47,6 +41,8 @@ def compare_run() -> Callable:
         keyword("config", asked(Path | None, "YAML or JSON file with these fields; options given here win"), None),
         keyword("model_llm", asked(list[str] | None, "a large model, asked as it is; may be repeated"), None),
         keyword("model_slm", asked(list[str] | None, "a small model, to be fine-tuned; may be repeated"), None),
+        keyword("llm_4bit", asked(bool, "weights of --model-llm in 4 bits", "--llm-4bit"), False),
+        keyword("slm_4bit", asked(bool, "weights of --model-slm in 4 bits, tuned by qlora", "--slm-4bit"), False),
         keyword("baselines", asked(str | None, "majority,nearest,tfidf_linear, or some of them"), None),
         keyword("force_recompute", asked(bool, "ask and tune anew, whatever was kept", "--force-recompute"), False),
         keyword("clear_cache", asked(bool, "delete kept answers beside --out first", "--clear-cache"), False),
@@ -55,6 +51,20 @@ def compare_run() -> Callable:
     ]
     fields = [_optional(option) for option in options_of(ComparisonConfig, without=(*OWN, "cache"))]
     return with_options(command, [*own, *fields])
+
+
+def _asked(options: Mapping[str, Any], force_recompute: bool) -> dict[str, Any]:
+    """The fields that options of the command line set."""
+    given = dict(options)
+    for side in ("llm", "slm"):
+        names, small = given.pop(f"model_{side}"), given.pop(f"{side}_4bit")
+        if small and not names:
+            raise ValueError(f"--{side}-4bit is for models of --model-{side}; in a config file, say load_in_4bit there")
+        if names:
+            given[f"{side}_models"] = tuple({"name": name, "load_in_4bit": small} for name in names)
+    return {name: value for name, value in given.items() if value is not None} | (
+        {"cache": False} if force_recompute else {}
+    )
 
 
 def _optional(option: inspect.Parameter) -> inspect.Parameter:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nbhelpers import (
+    answer_cache,
     baselines,
     break_even,
     budget,
@@ -91,7 +92,7 @@ class Comparison:
             self.run_llm_evaluation()
         if config.experiment != "baseline":
             self.run_slm_finetuning()
-            if config.break_even_points:
+            if config.break_even_points and config.experiment == "full":  # it is about getting ahead of a large model
                 self._break_even()
 
     def _fit_baselines(self) -> None:
@@ -259,16 +260,26 @@ class Comparison:
         """Measure rates on a few rows and steps of each model, then choose rows and epochs that fit; on resume the
         choice stands."""
         kept = self.tracker.run_dir / "budget.json"
-        if kept.exists():
-            self.chosen = records.read_json(kept)
+        before = self._budget_before()
+        if kept.exists() or (self.config.cache and before.exists()):
+            self.chosen = records.read_json(kept if kept.exists() else before)
         else:
             rates = comparison_pace.rates(self.on, self._tell, self.should_stop)
             wanted = budget.Wanted(len(self.on.test), len(self.on.train) * self.on.tunes, self.config.epochs)
             self.chosen = vars(budget.choose(seconds_of(self.config.budget), rates, wanted)) | {"rates": vars(rates)}
-            records.write_json(kept, self.chosen)
+            before.parent.mkdir(exist_ok=True)
+            for place in (kept, before):
+                records.write_json(place, records.plain(self.chosen))
         self.on.reduce(*(self.chosen[name] for name in ("test_rows", "training_rows", "epochs")))
         self.tracker.event("budget", **{name: value for name, value in self.chosen.items() if name != "rates"})
         self._tell("budget", says=self.chosen["text"])
+
+    def _budget_before(self) -> Path:
+        """Where this choice is kept for the runs beside this one that ask the same on the same device."""
+        asked = self.config.model_dump(exclude={"name", "cache", "cache_days", "keep_text"})
+        device = runtime.device_name(self.config.device or runtime.device())
+        key = records.sha256_json(records.plain([asked, self.on.data.sha256, device]))
+        return self.tracker.run_dir.parent / answer_cache.FOLDER / f"{comparison_answers.PREFIX}budget-{key}.json"
 
     # who is told --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from nbhelpers.dialogues import Dialogue
 from nbhelpers.prompts import Prompts
 from nbhelpers.tracking import ExperimentTracker, Interrupted
 
-FORMAT = 1  # of the code that makes these answers
+FORMAT = 2  # of the code that makes these answers
 PREFIX = "coding-"  # of the folders of kept answers
 PARTIAL = "predictions.partial.jsonl"  # archives leave predictions out
 VALIDATION_ROWS = 64  # that choose the best state of a tuning
@@ -81,7 +82,7 @@ def identity(asking: Asking, config: ComparisonConfig) -> dict[str, Any] | None:
         "parts": {name: _digest(rows) for name, rows in asking.parts.items()},
         "kinds": list(asking.kinds),
         "new_tokens": asking.prompts.new_tokens,
-        "device": device.split(":")[0],
+        "device": runtime.device_name(device),  # times and memory are kept too: they are of this device
         "dtype": str(models.DTYPES[asking.model.dtype] or runtime.dtype_for(device)),
         "quantization": asking.model.quantization,
         "tuning": None
@@ -171,7 +172,7 @@ def clear(root: Path, older_than_days: float | None = None) -> int:
     gone = 0
     for place in sorted((root / answer_cache.FOLDER).glob(f"{PREFIX}*")):
         if older_than_days is None or time.time() - place.stat().st_mtime > older_than_days * DAY:
-            shutil.rmtree(place)
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
             gone += 1
     return gone
 
@@ -188,45 +189,55 @@ def _ask(asking: Asking, config: ComparisonConfig, tracker: ExperimentTracker, t
     dtype = asking.model.dtype
     if asking.tuning is not None and asking.tuning.config.method == "full" and dtype == "auto":
         dtype = "float32"  # masters of the weights that are trained
+    device = config.device or runtime.device()
 
     def load() -> models.LoadedModel:
         tell({"stage": "loading", "key": asking.key})
         return models.load_model(source, device=config.device, dtype=dtype, quantization=quantization)
 
-    with memory.peak() as used, memory.loaded(load) as loaded:
-        model = loaded.model
-        about: dict[str, Any] = {
+    with ExitStack() as held:
+        with memory.peak() as preparing:  # loading and tuning; the checks of both are not what a user needs
+            model = held.enter_context(memory.loaded(load)).model
+            if asking.tuning is not None and tuned is None:
+                (folder / PARTIAL).unlink(missing_ok=True)  # answers of weights that a kill took along
+                tuned = _tune(asking, model, folder, tell, should_stop)
+        if tuned is not None and asking.tuning.keep and not (folder / "training.json").exists():
+            tuned["facts"].append(_save(model, asking.prompts, folder, asking.tuning, tuned))
+            records.write_json(folder / "training.json", records.plain(tuned))
+        with memory.peak() as answering:
+            answers = _answer(asking, config, model, folder, tell, should_stop)
+            performance = answers.about["performance"] | {"came": "measured", "device": runtime.device_name(device)}
+            if asking.latency:
+                kind = "writing" if "writing" in asking.kinds else "ranking"
+                some = list(asking.parts["test"])[: asking.latency]
+                performance["latency"] = label_answers.latency(
+                    model, asking.prompts, some, kind, should_stop=should_stop
+                )
+        checked = [label_answers.labels_score_as_alone(model, asking.prompts, asking.parts["test"]).as_dict()]
+        about = {
             "parameters": models.parameters(model),
             "precision": precision(model),
-            "training": None,
-            "facts": [],
-            "model_dir": None,
+            "training": None if tuned is None else tuned["record"],
+            "facts": [*(tuned["facts"] if tuned is not None else ()), *checked],
+            "model_dir": str((folder / "model").resolve()) if tuned is not None and asking.tuning.keep else None,
+            "performance": performance,
+            "memory": {"weights_bytes": models.weight_bytes(model)} | _peak(preparing, answering),
+            "truncated": {part: sum(map(_is_cut(asking.prompts), rows)) for part, rows in asking.parts.items()},
         }
-        checked: list[facts.Fact] = []
-        if asking.tuning is not None and tuned is None:
-            tuned = _tune(asking, model, folder, tracker, tell, should_stop, checked)
-        if tuned is not None:
-            about |= {"training": tuned, "model_dir": str((folder / "model").resolve()) if asking.tuning.keep else None}
-        about["memory"] = {"weights_bytes": models.weight_bytes(model)}
-        answers = _answer(asking, config, model, folder, tell, should_stop)
-        checked.append(label_answers.labels_score_as_alone(model, asking.prompts, asking.parts["test"]))
-        about["performance"] = answers.about["performance"]
-        if asking.latency:
-            kind = "writing" if "writing" in asking.kinds else "ranking"
-            some = list(asking.parts["test"])[: asking.latency]
-            about["performance"]["latency"] = label_answers.latency(
-                model, asking.prompts, some, kind, should_stop=should_stop
-            )
-    about["memory"] |= {
-        "peak_bytes": used.cuda_peak or used.resident_grown,
-        "kind": "cuda" if used.cuda_peak else "resident",
-    }
-    about["facts"] = [fact.as_dict() for fact in checked]
-    about["truncated"] = {
-        part: sum(asking.prompts.prompt(row.text).cut > 0 for row in rows) for part, rows in asking.parts.items()
-    }
     (folder / PARTIAL).unlink(missing_ok=True)
     return Answers(answers.lines, answers.scores, about)
+
+
+def _is_cut(prompts: Prompts) -> Callable[[Dialogue], bool]:
+    return lambda row: prompts.prompt(row.text).cut > 0
+
+
+def _peak(first: memory.MemoryMark, second: memory.MemoryMark) -> dict[str, Any]:
+    """The most that loading, tuning and answering held: allocated on CUDA, else what the process grew by."""
+    if cuda := max(first.cuda_peak, second.cuda_peak):
+        return {"peak_bytes": cuda, "kind": "cuda"}
+    grown = max(first.resident_peak, second.resident_peak) - first.resident_before
+    return {"peak_bytes": grown, "kind": "resident"}
 
 
 def precision(model: Any) -> str:
@@ -255,10 +266,12 @@ def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell,
             mark = "ranked" if kind == "ranking" else "said"
             left = [at for at, line in enumerate(found) if mark not in line]
             done += len(rows) - len(left)
-            started = time.perf_counter()
             asked = [rows[at] for at in left]
-            for number, more in label_answers.answered(
-                model, asking.prompts, asked, (kind,), batch_tokens=config.batch_tokens, should_stop=should_stop
+            clock = _Clock()
+            for number, more in clock.running(
+                label_answers.answered(
+                    model, asking.prompts, asked, (kind,), batch_tokens=config.batch_tokens, should_stop=should_stop
+                )
             ):
                 at, done = left[number], done + 1
                 found[at] |= more
@@ -270,27 +283,40 @@ def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell,
                 )
             if left and part == "test":
                 tokens = sum(len(asking.prompts.prompt(row.text).ids) for row in asked)
-                speeds[kind] = label_answers.Speed(time.perf_counter() - started, len(left), tokens).record()
+                speeds[kind] = label_answers.Speed(clock.seconds, len(left), tokens).record()
         columns = [line.pop("logprobs", None) for line in found]
         scores[part] = None if columns[0] is None else np.asarray(columns, dtype=np.float32)
         lines[part] = found
     return Answers(lines, scores, {"performance": {"kinds": speeds}})
 
 
+class _Clock:
+    """Seconds spent in an iterator, not in what is done with what it gives."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def running(self, found: Iterator[Any]) -> Iterator[Any]:
+        started = time.perf_counter()
+        for one in found:
+            self.seconds += time.perf_counter() - started
+            yield one
+            started = time.perf_counter()
+        self.seconds += time.perf_counter() - started
+
+
 def _finished_tuning(folder: Path) -> dict[str, Any] | None:
-    """The record of a tuning that an earlier attempt of this run has finished, its model whole beside it."""
+    """{record, facts} of a tuning that an earlier attempt of this run has finished, its model whole beside it."""
     record = folder / "training.json"
     return records.read_json(record) if record.is_file() and (folder / "model").is_dir() else None
 
 
-def _tune(asking: Asking, model, folder: Path, tracker, tell, should_stop, checked: list[facts.Fact]) -> dict[str, Any]:
-    """Tune `model` in place; its record. Kept: the model too, checked by what plain transformers makes of it."""
+def _tune(asking: Asking, model, folder: Path, tell, should_stop) -> dict[str, Any]:
+    """Tune `model` in place: {record, facts}."""
     tuning, prompts = asking.tuning, asking.prompts
     pairs = [(row, label) for row in tuning.train for label in row.labels]
     taught = [prompts.row(row.text, label) for row, label in pairs]
-    checked.append(
-        label_answers.trained_as_asked(prompts, [row for row, _ in pairs[:CHECKED_ROWS]], taught[:CHECKED_ROWS])
-    )
+    checked = [label_answers.trained_as_asked(prompts, [row for row, _ in pairs[:CHECKED_ROWS]], taught[:CHECKED_ROWS])]
     held = [prompts.row(row.text, row.labels[0]) for row in tuning.validation[:VALIDATION_ROWS]]
     result = training.fine_tune(
         model,
@@ -306,8 +332,11 @@ def _tune(asking: Asking, model, folder: Path, tracker, tell, should_stop, check
         raise Interrupted(f"stopped in step {result.steps} of {tuning.config.steps} of tuning {asking.key}")
     checked += [facts.loss_is_the_models_own(result.loss_check, result.packing)]
     checked += [facts.loss_leaves_out_the_prompt(result.labels)]
+    if not tuning.keep:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    method = tuning.config.method
     record = {
-        "method": tuning.config.method,
+        "method": method,
         "steps": result.steps,
         "epochs": tuning.config.steps * tuning.config.batch_size / len(taught),
         "rows": len(taught),
@@ -315,8 +344,8 @@ def _tune(asking: Asking, model, folder: Path, tracker, tell, should_stop, check
         "tokens_per_second": result.tokens_per_second,
         "trainable_parameters": result.trainable_parameters,
         "total_parameters": result.total_parameters,
-        "lora_rank": None if tuning.config.method == "full" else tuning.config.lora_rank,
-        "lora_alpha": None if tuning.config.method == "full" else tuning.config.lora_alpha,
+        "lora_rank": None if method == "full" else tuning.config.lora_rank,
+        "lora_alpha": None if method == "full" else tuning.config.lora_alpha,
         "learning_rate": result.learning_rate,
         "precision": result.precision,
         "train_losses": [list(pair) for pair in result.train_losses],
@@ -325,27 +354,27 @@ def _tune(asking: Asking, model, folder: Path, tracker, tell, should_stop, check
         "skipped_steps": result.skipped_steps,
         "merge_difference": result.merge_difference,
     }
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    if tuning.keep:
-        checked.append(_saved(model, prompts, folder / "model", taught[0]))
-        prompts.save(folder / "model")
-        records.write_json(folder / "training.json", records.plain(record))
-    return record
+    return {"record": record, "facts": [fact.as_dict() for fact in checked]}
 
 
-def _saved(model, prompts: Prompts, folder: Path, row: dict) -> facts.Fact:
-    """Save the tuned model, and see whether what was saved computes the same."""
+def _save(model, prompts: Prompts, folder: Path, tuning: Tuning, tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """Save the tuned model with its prompts, then see whether what was saved computes the same."""
     from transformers import AutoModelForCausalLM
 
-    shutil.rmtree(folder, ignore_errors=True)
+    place, first = folder / "model", tuning.train[0]
+    row = prompts.row(first.text, first.labels[0])
+    shutil.rmtree(place, ignore_errors=True)
     before = facts.logits(model, [row])
-    models.save_model(model, prompts.tokenizer, folder)
+    models.save_model(model, prompts.tokenizer, place)
+    prompts.save(place)
+    records.write_json(folder / "training.json", records.plain(tuned))  # from here on a kill loses no tuning
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     device = str(next(model.parameters()).device)
-    adapted = not (folder / "config.json").is_file()
+    adapted = not (place / "config.json").is_file()
     if adapted:
-        again = models.load_model(str(folder), device=device, dtype="stored").model
+        again = models.load_model(str(place), device=device, dtype="stored").model
     else:
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
+        again = AutoModelForCausalLM.from_pretrained(place, dtype="auto", local_files_only=True).to(device).eval()
     apart = float((facts.logits(again, [row]) - before).abs().max() / before.abs().max())
     memory.release(again)
     allowed = facts.tolerance(model)
@@ -355,4 +384,4 @@ def _saved(model, prompts: Prompts, folder: Path, row: dict) -> facts.Fact:
         says="what was saved computes the same" + ("" if adapted else ", in plain transformers"),
         saw=f"largest difference of logits {apart:.1e} of the largest",
         values={"difference": apart, "allowed": allowed},
-    )
+    ).as_dict()

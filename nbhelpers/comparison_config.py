@@ -153,9 +153,10 @@ class ComparisonConfig(StrictConfig):
                         "leave one out, or copy it to a folder of another name"
                     )
                 names[model.short] = model.name
-        tuned = (*self.slm_models, *(self.llm_models if self.fine_tune_llms else ()))
+        tuned = self.slm_models if self.experiment != "baseline" else ()
+        tuned += self.llm_models if self.fine_tune_llms and self.experiment != "training" else ()
         eight = next((model.name for model in tuned if model.load_in_8bit), None)
-        if eight is not None and self.experiment != "baseline":
+        if eight is not None:
             raise ValueError(f"{eight}: 8-bit weights cannot be fine-tuned; use load_in_4bit, or none")
         if self.ensemble and (self.answers == "writing" or self.experiment != "full"):
             raise ValueError(
@@ -163,6 +164,11 @@ class ComparisonConfig(StrictConfig):
                 f"got {self.experiment!r} and {self.answers!r}"
             )
         return self
+
+    @property
+    def tunes(self) -> bool:
+        """Whether any model is tuned."""
+        return self.experiment != "baseline" or self.fine_tune_llms
 
     def training(self, model: ModelInstanceConfig, rows: int, epochs: int | None = None) -> TrainingConfig:
         """How `model` is tuned on so many rows: validated once an epoch, the best state is kept."""

@@ -20,9 +20,12 @@ class ComparisonData:
         self.config, self.data, self.split, self.tokenizers = config, data, split, tokenizers
         self.test: Sequence[Dialogue] = split.test
         self.validation: Sequence[Dialogue] = split.validation
-        self.train = balanced(split.train, config.max_train_samples, config.seed)
+        train = balanced(split.train, config.max_train_samples, config.seed)
+        if config.shots >= len(train):
+            raise ValueError(f"shots must be fewer than the {len(train)} training dialogues, got {config.shots}")
+        self.shots = random.Random(f"shots {config.seed}").sample(list(train), config.shots)
+        self.train = tuple(row for row in train if row not in self.shots)  # its own answer would stand in its prompt
         self.epochs = config.epochs
-        self._wording: Wording | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -36,27 +39,24 @@ class ComparisonData:
 
     @property
     def tunes(self) -> bool:
-        """Whether small models are asked and tuned."""
-        return self.config.experiment != "baseline"
+        """Whether any model is tuned."""
+        return self.config.tunes
 
     @property
     def sides(self) -> dict[str, tuple[ModelInstanceConfig, ...]]:
         """The models that take part, by side."""
         large = self.config.llm_models if self.config.experiment != "training" else ()
-        return {"LLM": large, "SLM": self.config.slm_models if self.tunes else ()}
+        return {"LLM": large, "SLM": self.config.slm_models if self.config.experiment != "baseline" else ()}
 
     def wording(self) -> Wording:
         """What is said around each dialogue: the same for all models."""
-        if self._wording is None:
-            listed = self.data.labels if len(self.data.labels) <= self.config.list_labels else ()
-            shots = random.Random(f"shots {self.config.seed}").sample(list(self.train), self.config.shots)
-            self._wording = Wording(
-                kind=self.data.kind,
-                system=self.config.system_prompt,
-                listed=tuple(listed),
-                shots=tuple((row.text, row.labels[0]) for row in shots),
-            )
-        return self._wording
+        listed = self.data.labels if len(self.data.labels) <= self.config.list_labels else ()
+        return Wording(
+            kind=self.data.kind,
+            system=self.config.system_prompt,
+            listed=tuple(listed),
+            shots=tuple((row.text, row.labels[0]) for row in self.shots),
+        )
 
     def prompts(self, model: ModelInstanceConfig) -> Prompts:
         """Prompts and labels in the tokens of one model. ValueError where nothing of a dialogue would fit."""
@@ -64,8 +64,8 @@ class ComparisonData:
         return Prompts(self.tokenizers[model.name], self.wording(), self.data.labels, window, self.config.new_tokens)
 
     def reduce(self, test_rows: int, training_rows: int, epochs: int) -> None:
-        """Keep so many rows of each part, labels in turn."""
-        self.test = balanced(self.test, test_rows, self.config.seed)
+        """Keep so many rows: of the test the first, whose order is drawn; of training ones labels in turn."""
+        self.test = self.test[:test_rows]
         if self.tunes:
             self.train, self.epochs = balanced(self.train, training_rows, self.config.seed), epochs
 
@@ -86,13 +86,11 @@ def prepared(config: ComparisonConfig) -> ComparisonData:
         several=config.several,
     )
     split = label_split.split(data, seed=config.seed, mode=config.split, limit_test=config.max_eval_samples)
-    if not split.validation and config.experiment != "baseline":
+    if not split.validation and config.tunes:
         raise ValueError(
             f"no label of {data.source!r} has 4 dialogues or more, so none is left to choose a tuned model's best "
             "state by; give more dialogues a label, or ask the large models alone (experiment baseline)"
         )
-    if config.shots >= len(split.train):
-        raise ValueError(f"shots must be fewer than the {len(split.train)} training dialogues, got {config.shots}")
     made = ComparisonData(config, data, split, {model.name: models.load_tokenizer(model.name) for model in taking_part})
     for model in taking_part:
         made.prompts(model)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from nbhelpers import break_even, budget, label_answers, memory, models, training
 from nbhelpers.comparison_config import ModelInstanceConfig
 from nbhelpers.comparison_data import ComparisonData
+from nbhelpers.tracking import Interrupted
 
 Stop = Callable[[], bool] | None
 
@@ -35,7 +36,7 @@ def rates(made: ComparisonData, tell: Callable[..., None], should_stop: Stop = N
                 fixed += row * len(made.validation)
             if tunes:
                 learning[key] = taught
-    if made.tunes and config.break_even_points:
+    if config.experiment == "full" and config.break_even_points:
         slowest = max((f"SLM_{model.short}" for model in config.slm_models), key=lambda key: learning[key])
         sizes = break_even.sizes(len(made.train), config.break_even_points + 2)[1:-1]
         loading["break_even"] = len(sizes) * loading[slowest] / 2
@@ -67,7 +68,7 @@ def _timed(
             rows = [prompts.row(one.text, one.labels[0]) for one in made.train[: settings.batch_size * (STEPS + 1)]]
             moments: list[float] = []
             with tempfile.TemporaryDirectory(prefix="nbhelpers-") as scratch:
-                training.fine_tune(
+                tuned = training.fine_tune(
                     loaded.model,
                     rows,
                     None,
@@ -76,6 +77,8 @@ def _timed(
                     progress=lambda now: moments.append(time.perf_counter()),
                     should_stop=should_stop,
                 )
+            if tuned.status == "stopped":
+                raise Interrupted("stopped while rates were measured")
             taught = (moments[-1] - moments[0]) / (len(moments) - 1) / settings.batch_size
     return loading, row, taught
 

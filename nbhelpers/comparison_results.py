@@ -100,7 +100,7 @@ def entry(key: str, answers: Answers, on: ComparisonData, counts: Mapping[str, i
         "facts": about.get("facts", []),
         "fitted": about.get("info"),
         "model_dir": about.get("model_dir"),
-        "predictions": f"models/{key}/predictions.jsonl",
+        "predictions": None if kind == "ENSEMBLE" else f"models/{key}/predictions.jsonl",
     }
 
 
@@ -117,7 +117,8 @@ def _performance(found: Mapping[str, Any] | None, headline: str) -> dict[str, An
         return None
     first = "writing" if headline == "exact_match_accuracy" else "ranking"
     speed = found["kinds"].get(first) or next(iter(found["kinds"].values()))
-    return {**speed, "latency": found.get("latency"), "kinds": found["kinds"]}
+    came = {name: found.get(name) for name in ("came", "device", "latency")}
+    return {**speed, **came, "kinds": found["kinds"]}
 
 
 def _sides(outcomes: Mapping[str, Sequence[bool]]) -> dict[str, dict[str, Sequence[bool]]]:

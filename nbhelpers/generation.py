@@ -43,13 +43,15 @@ def continuations(
     stops: Sequence[str] = (),
     max_new_tokens: int = 256,
     batch_rows: int | None = None,
+    end_tokens: Sequence[int] = (),
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(number, text) of each prompt as it is done: what the model writes, likeliest token by likeliest token.
 
     model: in evaluation mode. prompts: texts, or their token ids. A text ends before the first of its stop strings,
-    before the end token, or after max_new_tokens. Prompts are cut on the left to what the model reads at once less max_new_tokens. When memory ends,
-    the batch is split. Interrupted after should_stop, between tokens.
+    before the end token (the model's, the tokenizer's, or one of end_tokens), or after max_new_tokens. Prompts are cut
+    on the left to what the model reads at once less max_new_tokens. When memory ends, the batch is split. Interrupted
+    after should_stop, between tokens.
     """
     room = scoring.longest_text(model) - max_new_tokens
     if room < 1:
@@ -63,7 +65,7 @@ def continuations(
     if empty is not None:
         raise ValueError(f"prompt {empty} has no tokens; give at least one word")
     rows.sort(key=lambda row: (-len(row.prompt), row.number))
-    ends = _end_tokens(model, tokenizer)
+    ends = [*dict.fromkeys([*_end_tokens(model, tokenizer), *end_tokens])]
     named = [tokenizer.decode([end]) for end in ends if end in tokenizer.all_special_ids]
     stops = [*dict.fromkeys([*filter(None, stops), *filter(None, named)])]
     size = batch_rows or _batch_rows(model, len(rows[0].prompt) + max_new_tokens) if rows else 1

@@ -70,7 +70,8 @@ def answered(
                 prompts.tokenizer,
                 asked,
                 stops=stops,
-                max_new_tokens=prompts.new_tokens,
+                max_new_tokens=prompts.room,
+                end_tokens=() if prompts.end is None else (prompts.end,),
                 should_stop=should_stop,
             ):
                 yield number, {"written": read(text, prompts.wording.kind, prompts.labels), "said": text.strip()}

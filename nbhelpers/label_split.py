@@ -63,7 +63,7 @@ def shares(rows: int) -> dict[str, int]:
 def split(dialogues: Dialogues, *, seed: int = 0, mode: Mode = "per_label", limit_test: int | None = None) -> Split:
     """The parts of a source. mode "unseen_labels": of the labels, drawn, 3 in 5 train, 1 in 5 validates, 1 in 5 tests.
 
-    limit_test: at most so many test rows: one of each label before a second of any. ValueError where there are fewer
+    limit_test: at most so many test rows, drawn: labels stay as frequent as they are. ValueError where there are fewer
     than 2 labels (4 to hold some out), or too few rows for a test row.
     """
     _check(dialogues, mode, limit_test)
@@ -82,7 +82,7 @@ def split(dialogues: Dialogues, *, seed: int = 0, mode: Mode = "per_label", limi
         )
     tested = len(ordered["test"])
     if limit_test is not None:
-        ordered["test"] = _balanced(ordered["test"], limit_test)
+        ordered["test"] = ordered["test"][:limit_test]  # their order is drawn: as frequent as in the whole part
     left_out["test_limit"] = tested - len(ordered["test"])
     record = {"mode": mode, "seed": seed, "limit_test": limit_test} | _record(ordered, dialogues, left_out)
     return Split(*(tuple(ordered[part]) for part in PARTS), mode, seed, record)
@@ -146,17 +146,6 @@ def _whole_labels(groups: Sequence[list[Dialogue]], seed: int) -> dict[str, list
         if len(of) == 1:
             parts[of.pop()] += rows
     return parts
-
-
-def _balanced(rows: Sequence[Dialogue], limit: int) -> list[Dialogue]:
-    """One row of each label, then a second of each, and so on, in the order of the rows."""
-    turn: Counter[tuple[str, ...]] = Counter()
-    turns = []
-    for row in rows:
-        turns.append(turn[row.labels])
-        turn[row.labels] += 1
-    taken = sorted(sorted(range(len(rows)), key=turns.__getitem__)[:limit])
-    return [rows[at] for at in taken]
 
 
 def overlap(parts: Mapping[str, Sequence[Dialogue]]) -> dict[str, int]:

@@ -24,6 +24,8 @@ SYSTEM = {
     "labels": "Read the talk of a doctor and a patient. Give its label.",
 }
 ASKED = {"icd10": "ICD-10-CM code:", "labels": "Label:"}
+DATE = "26 Jul 2024"  # what templates that write a date get: today's would be another prompt tomorrow
+PROBE = "answer-9"  # an answer whose place in a template is looked for
 CUT = 8  # characters more that are cut where a cut text still has a token too many
 
 
@@ -91,15 +93,16 @@ class Prompts:
     labels: Sequence[str]
     window: int
     new_tokens: int
+    around: tuple[str, str] | None = None  # the text before and after the dialogue; None: as the template writes it
     answers: dict[str, tuple[int, ...]] = field(init=False)  # tokens of each label, the end token included
-    end: int | None = field(init=False)
+    end: int | None = field(init=False)  # the token that ends an answer
+    prefix: str = field(init=False)  # what stands between the prompt and the answer's first letter
     room: int = field(init=False)
-    around: tuple[str, str] = field(init=False)  # the text before and after the dialogue
     system_in_user: bool = field(init=False, default=False)  # the template knows no system role
 
     def __post_init__(self) -> None:
-        before, after = self.around = self._around()
-        self.end = self._end_token()
+        before, after = self.around = self.around or self._around()
+        self.prefix, self.end = self._around_answer()
         self.answers = {label: self._answer(label) for label in self.labels}
         longest = max((len(ids) for ids in self.answers.values()), default=0)
         self.room = max(self.new_tokens, longest)
@@ -145,6 +148,7 @@ class Prompts:
         template = getattr(self.tokenizer, "chat_template", None)
         return {
             "wording": self.wording.record(),
+            "around": records.sha256_json(list(self.around)),
             "window": self.window,
             "room": self.room,
             "template": None if template is None else records.sha256_json(template),
@@ -155,7 +159,8 @@ class Prompts:
         """Write prompt.json into a model's folder. Solved dialogues are counted there, their text is not kept."""
         wording = self.wording
         told = {"kind": wording.kind, "system": wording.system, "listed": list(wording.listed)}
-        told |= {"shots": len(wording.shots), "labels": list(self.labels)}
+        told |= {"shots": len(wording.shots), "labels": list(self.labels), "format": FORMAT}
+        told |= {"around": None if wording.shots else list(self.around)}
         records.write_json(Path(folder) / FILE, told | {"window": self.window, "new_tokens": self.new_tokens})
 
     # how it is put together --------------------------------------------------------------------------------------
@@ -182,17 +187,22 @@ class Prompts:
         return [{"role": role, "content": content} for role, content in said]
 
     def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        """The messages through the template; where it knows no system role, its text begins the first question."""
+        """The messages through the template; where it knows no system role, or drops it without a word, the system
+        text begins the first question."""
         from jinja2 import TemplateError
 
+        options |= {"tokenize": False, "date_string": DATE}
         if not self.system_in_user:
             try:
-                return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+                text = self.tokenizer.apply_chat_template(messages, **options)
+                if messages[0]["content"].strip() in text:
+                    return text
             except TemplateError:
-                self.system_in_user = True
+                pass
+            self.system_in_user = True
         (first, second), rest = messages[:2], messages[2:]
         joined = {"role": "user", "content": f"{first['content']}\n\n{second['content']}"}
-        return self.tokenizer.apply_chat_template([joined, *rest], tokenize=False, **options)
+        return self.tokenizer.apply_chat_template([joined, *rest], **options)
 
     def _written(self, label: str) -> str:
         return written(label, self.wording.kind)
@@ -204,8 +214,7 @@ class Prompts:
 
     def _answer(self, label: str) -> tuple[int, ...]:
         """Tokens of a label where it follows the prompt, and the token that ends an answer."""
-        tail = self.around[1]
-        said = self._written(label) if self.chat else f" {self._written(label)}"
+        tail, said = self.around[1], self.prefix + self._written(label)
         ids, whole = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (tail, tail + said))
         if whole[: len(ids)] != ids:  # the tokenizer joins them: as the model writes on, they stay apart
             whole = [*ids, *self.tokenizer(said, add_special_tokens=False)["input_ids"]]
@@ -214,18 +223,21 @@ class Prompts:
             raise ValueError(f"label {label!r} has no tokens of its own, so it can be neither asked for nor taught")
         return found if self.end is None else (*found, self.end)
 
-    def _end_token(self) -> int | None:
-        """What ends an answer: the first token that the chat template puts after one, else the end token."""
-        if self.chat:
-            probe = "x"
-            messages = [*self._messages("."), {"role": "assistant", "content": probe}]
-            whole, prompt = self._render(messages), self._render(messages[:-1], add_generation_prompt=True)
-            if whole.startswith(prompt + probe):
-                tail = self.tokenizer(whole[len(prompt + probe) :], add_special_tokens=False)["input_ids"]
-                special = [token for token in tail if token in self.tokenizer.all_special_ids]
-                if special:
-                    return special[0]
-        return self.tokenizer.eos_token_id
+    def _around_answer(self) -> tuple[str, int | None]:
+        """(what stands before an answer's first letter, the token that ends it), as the chat template writes them."""
+        if not self.chat:
+            return " ", self.tokenizer.eos_token_id
+        asked = [{"role": "user", "content": "."}]
+        options = {"tokenize": False, "date_string": DATE}
+        prompt = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
+        whole = self.tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": PROBE}], **options)
+        if not whole.startswith(prompt) or PROBE not in whole[len(prompt) :]:
+            return "", self.tokenizer.eos_token_id
+        before, _, after = whole[len(prompt) :].partition(PROBE)
+        known = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        tail = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        special = [token for token in tail if token in known | set(self.tokenizer.all_special_ids)]
+        return before, special[0] if special else self.tokenizer.eos_token_id
 
 
 def load(folder: str | Path, tokenizer: Any) -> Prompts:
@@ -243,4 +255,4 @@ def load(folder: str | Path, tokenizer: Any) -> Prompts:
             "it cannot be asked the same way"
         )
     wording = Wording(told["kind"], told["system"], tuple(told["listed"]))
-    return Prompts(tokenizer, wording, told["labels"], told["window"], told["new_tokens"])
+    return Prompts(tokenizer, wording, told["labels"], told["window"], told["new_tokens"], around=tuple(told["around"]))

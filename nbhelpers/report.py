@@ -85,8 +85,8 @@ def failure(run: Run) -> str | None:
 
 
 def _holds_answers(path: Path) -> bool:
-    """Whether a file holds texts of the rows that were asked: they stay here."""
-    return path.name.startswith("predictions.") or path.parent.name == ".predictions"
+    """Whether a file holds texts of the rows that were asked: they stay here. path: below the folder that is packed."""
+    return path.name.startswith("predictions.") or ".predictions" in path.parts
 
 
 def archive(folder: str | Path, name: str = "results.zip") -> Path:
@@ -98,7 +98,7 @@ def archive(folder: str | Path, name: str = "results.zip") -> Path:
     target, beside, left_out = folder / name, folder / f".{name}.part", []
     with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as bundle:
         for path in sorted(folder.rglob("*")):
-            if not path.is_file() or path in (target, beside) or _holds_answers(path):
+            if not path.is_file() or path in (target, beside) or _holds_answers(path.relative_to(folder)):
                 continue
             inside = path.relative_to(folder).as_posix()
             if path.suffix == ".safetensors" and path.stat().st_size > LARGE_MODEL:

@@ -293,13 +293,9 @@ def _git(folder: Path, *arguments: str, timeout_seconds: float = 5.0) -> str | N
 
 
 def device_name(device: str) -> str:
-    """A device in words: "Intel Xeon (cpu, 2 threads)", "NVIDIA A100 (cuda)"."""
-    import torch
-
+    """A device in words: "AMD EPYC (cpu)", "NVIDIA A100 (cuda)"."""
     kind = _kind(device)
-    if kind == "cpu":
-        return f"{_cpu_name()} (cpu, {torch.get_num_threads()} threads)"
-    return f"{_device_facts()['name']} ({kind})"
+    return f"{_cpu_name() if kind == 'cpu' else _device_facts()['name']} ({kind})"
 
 
 def _cpu() -> dict[str, Any]:

@@ -62,7 +62,9 @@ def test_options_win_over_the_config_file_and_the_file_over_defaults(tmp_path, m
     file = tmp_path / "config.yaml"
     file.write_text("epochs: 5\nseed: 7\ncache: true\nllm_models: [tiny-opt]\n")
     call("compare", "run", "--config", file, "--seed", "8", "--force-recompute", "--model-slm", "tiny-pythia")
-    (config,) = asked
+    call("compare", "run", "--model-llm", "a/b", "--llm-4bit", "--model-slm", "tiny-llama")
+    config, quantised = asked
+    assert [model.quantization for model in (*quantised.llm_models, *quantised.slm_models)] == ["4bit", None]
     assert (config.epochs, config.seed, config.batch_size, config.cache) == (5, 8, 8, False)
     assert [model.name for model in (*config.llm_models, *config.slm_models)] == ["tiny-opt", "tiny-pythia"]
 
@@ -81,6 +83,11 @@ def test_a_config_file_with_a_mistake_is_refused_in_one_line(tmp_path, text, say
     result = call("compare", "run", "--config", file, "--out", tmp_path / "run")
     assert result.exit_code == 2 and says in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_4_bits_without_models_to_load_so_is_refused(tmp_path):
+    result = call("compare", "run", "--slm-4bit", "--out", tmp_path / "run")
+    assert result.exit_code == 2 and "--slm-4bit is for models of --model-slm" in result.stderr
 
 
 def test_every_field_of_the_config_can_be_set_by_command():

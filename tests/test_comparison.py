@@ -88,6 +88,7 @@ def test_an_entry_says_what_it_is_and_what_was_measured(done):
     assert entry["parameters"] == 430_944 and entry["model_size"] == "431K parameters"
     assert entry["performance"]["latency"]["n"] == 2 and entry["performance"]["dialogues_per_second"] > 0
     assert entry["memory"]["weights_bytes"] == 4 * 430_944
+    assert entry["performance"]["came"] == "measured" and "(cpu)" in entry["performance"]["device"]
     assert results(done[1])["LLM_small-llama_untrained"]["training_metrics"] is None
     assert results(done[1])["BASELINE_majority"]["memory"] is None, "what was not measured is null"
 
@@ -96,7 +97,7 @@ def test_every_state_answered_the_same_documents_in_the_same_order(done):
     _, result, _, _ = done
     ids = {}
     for key, entry in result["models"].items():
-        if entry["model_type"] != "ENSEMBLE":
+        if entry["predictions"] is not None:
             with open(f"{result['run_dir']}/{entry['predictions']}", encoding="utf-8") as file:
                 ids[key] = [json.loads(line)["id"] for line in file]
     assert len(ids) == 6 and len({tuple(one) for one in ids.values()}) == 1
@@ -161,7 +162,14 @@ def test_a_second_run_loads_no_model_and_gives_the_identical_results(done, monke
 
 
 @pytest.mark.parametrize(
-    "change", [{"system_prompt": "Say the code."}, {"shots": 1}, {"new_tokens": 7}, {"cache": False}, {"window": 200}]
+    "change",
+    [
+        {"system_prompt": "Say the code."},
+        {"shots": 1, "window": 400},
+        {"new_tokens": 7},
+        {"cache": False},
+        {"window": 200},
+    ],
 )
 def test_what_decides_an_answer_is_asked_anew(done, dialogues_file, monkeypatch, change):
     _, _, root, _ = done
@@ -304,6 +312,55 @@ def test_a_budget_chooses_rows_and_says_what_they_can_tell(dialogues_file, tmp_p
         Comparison.run(asked.model_copy(update={"budget": "1s"}), root=tmp_path / "short")
 
 
+def test_the_same_budget_again_chooses_from_before_and_loads_no_model(dialogues_file, tmp_path, monkeypatch):
+    asked = config(
+        dialogues_file, experiment="baseline", budget="9m", baselines="majority", answers="ranking", max_eval_samples=6
+    )
+    first = Comparison.run(asked, root=tmp_path)
+    monkeypatch.setattr(models, "load_model", no_model)
+    second = Comparison.run(asked, root=tmp_path)
+    assert second["budget"] == first["budget"] and results(second) == results(first)
+
+
+def test_stop_while_rates_are_measured_is_an_interruption(dialogues_file, tmp_path):
+    heard = []
+    with pytest.raises(Interrupted):
+        Comparison.run(
+            config(dialogues_file, budget="9m"),
+            root=tmp_path,
+            progress=heard.append,
+            should_stop=lambda: bool(heard) and heard[-1]["stage"] == "measuring rates",
+        )
+
+
+def test_training_alone_tunes_each_model_once(tiny, tmp_path):
+    result = Comparison.run(tiny.model_copy(update={"break_even_points": 2}), root=tmp_path)
+    assert [phase["name"] for phase in result["phases"]] == ["baselines", "slm_zero_shot", "slm_finetuning"]
+
+
+def test_large_models_can_be_tuned_too(dialogues_file, tmp_path):
+    asked = config(
+        dialogues_file,
+        experiment="baseline",
+        fine_tune_llms=True,
+        llm_models="tiny-opt",
+        baselines="majority",
+        answers="ranking",
+        max_train_samples=8,
+        max_eval_samples=6,
+        latency_requests=1,
+    )
+    result = Comparison.run(asked, root=tmp_path)
+    tuned = result["models"]["LLM_tiny-opt_finetuned"]
+    assert tuned["training_status"] == "finetuned" and tuned["training_metrics"]["rows"] == 8
+
+
+def test_shots_stand_in_every_prompt_and_are_not_taught(dialogues_file):
+    on = comparison_data.prepared(config(dialogues_file, shots=2, window=512, slm_models="tiny-llama"))
+    assert len(on.train) == 24 - 2 and not set(on.shots) & {*on.train, *on.validation, *on.test}
+    assert all(row.text in on.prompts(on.config.slm_models[0]).text("x") for row in on.shots)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -315,6 +372,7 @@ def test_a_budget_chooses_rows_and_says_what_they_can_tell(dialogues_file, tmp_p
         ({"data": "talks.pdf"}, "talks.pdf"),
         ({"shots": 20, "max_train_samples": 200, "data": "bundled", "window": 256}, "give fewer shots"),
         ({"window": 40}, "leaves nothing of a window of 40"),
+        ({"max_train_samples": 2, "shots": 3}, "shots must be fewer than the 2 training dialogues, got 3"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_a_run_directory_exists(dialogues_file, tmp_path, monkeypatch, fields, says):

@@ -35,6 +35,10 @@ def test_models_may_be_given_by_name_as_a_list_or_as_one_text():
         ({"experiment": "training", "slm_models": []}, "slm_models must name at least one model"),
         ({"slm_models": ["a/x", "b/x"]}, "'a/x' and 'b/x' are both called 'x' in results"),
         ({"slm_models": [{"name": "x", "load_in_8bit": True}]}, "8-bit weights cannot be fine-tuned"),
+        (
+            {"experiment": "baseline", "fine_tune_llms": True, "llm_models": [{"name": "x", "load_in_8bit": True}]},
+            "8-bit weights cannot be fine-tuned",
+        ),
         ({"llm_models": [{"name": "x", "load_in_8bit": True, "load_in_4bit": True}]}, "choose one"),
         ({"baselines": "majority,tfidf_liner"}, "Did you mean 'tfidf_linear'"),
         ({"budget": "90"}, "budget must be a time such as 90m or 2h, got '90'"),

@@ -208,8 +208,8 @@ def test_what_others_wrote_is_escaped_everywhere():
 
 def test_no_dialogue_and_no_name_of_this_machine_stand_in_the_report(tmp_path, undrawn):
     made = planted.result()
-    made["data"]["source"] = "/srv/someone/secret folder/rows.csv"
-    folder = planted.run(tmp_path / "run", made, system_prompt=CANARY, data="/srv/someone/secret folder/rows.csv")
+    made["data"]["source"] = "/volume/someone/secret folder/rows.csv"
+    folder = planted.run(tmp_path / "run", made, system_prompt=CANARY, data="/volume/someone/secret folder/rows.csv")
     manifest = records.read_json(folder / "manifest.json")
     manifest["environment"] = {"host": "ward-7", "python": "3.11.7", "libs": {"torch": "2.13"}}
     records.write_json(folder / "manifest.json", manifest)

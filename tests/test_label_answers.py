@@ -119,6 +119,26 @@ def test_what_is_written_is_what_the_model_writes_greedily_after_the_same_prompt
         assert found[number]["said"] == text.strip()
 
 
+def test_a_label_longer_than_new_tokens_can_be_written(loaded):
+    label = "the section on medicines that were taken before and on what they did, in the words of the patient"
+    made = Prompts(loaded.tokenizer, Wording(kind="labels"), (label, "other"), 256, 4)
+    assert made.room == len(made.answers[label]) > 4
+    with torch.no_grad():
+        ids = torch.tensor([made.prompt(ROWS[0].text).ids])
+        whole = loaded.model.generate(ids, max_new_tokens=made.room, do_sample=False)[0, ids.shape[1] :]
+    found = dict(label_answers.answered(loaded.model, made, ROWS[:1], ("writing",)))
+    assert found[0]["said"] == loaded.tokenizer.decode(whole, skip_special_tokens=True).split("\n")[0].strip()
+
+
+def test_writing_ends_at_the_token_that_was_taught_as_the_end(loaded):
+    made = Prompts(loaded.tokenizer, Wording(), CODES, 256, 12)
+    plain = dict(label_answers.answered(loaded.model, made, ROWS[:1], ("writing",)))[0]["said"]
+    third = loaded.tokenizer(f" {plain}", add_special_tokens=False)["input_ids"][2]
+    made.end = third
+    ended = dict(label_answers.answered(loaded.model, made, ROWS[:1], ("writing",)))[0]["said"]
+    assert ended != plain and plain.startswith(ended)
+
+
 # ------------------------------------------------------------------------------------------------ facts and times
 
 

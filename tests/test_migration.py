@@ -183,14 +183,15 @@ def test_old_result_keys_get_the_names_of_today():
     assert found.document["SLM_Qwen2.5-3B-Instruct_finetuned"]["training_metrics"] == {"train_loss": 1.5}
 
 
-def test_percent_is_told_from_fractions_measure_by_measure_over_the_whole_file_and_said():
-    """0.20 beside 3.42 is 0.20 %, not 20 %; the f1 of the same file are fractions."""
+def test_percent_is_told_from_fractions_for_all_accuracies_of_a_file_together_and_said():
+    """0.20 beside 3.42 is 0.20 %, not 20 %, and so is a top-3 of 0.25; the f1 of the same file are fractions."""
     found = migration.migrate(RESULTS)
     exact = [entry["exact_match_accuracy"] for entry in found.document.values()]
     assert exact == pytest.approx([0.0342, 0.0205, 0.0020, 0.0, None])
     assert [entry["f1"] for entry in found.document.values()][:2] == [0.021, 0.012]
-    assert "exact_match_accuracy was read as percent, 0-100: its largest value is 3.42" in found.notes
-    assert "f1 was read as fractions, 0-1: its largest value is 0.021" in found.notes
+    accuracies = "exact_match_accuracy, category_accuracy, top_3_accuracy"
+    assert f"{accuracies}: read as percent, 0-100, the largest value is 3.42" in found.notes
+    assert "f1: read as fractions, 0-1, the largest value is 0.021" in found.notes
 
 
 def test_whoever_knows_says_whether_shares_are_percent():
@@ -206,7 +207,7 @@ def test_what_was_not_measured_is_null_never_0_and_0_stays_0():
     assert entry["exact_match_accuracy"] == 0.0
     for measure in ("f1", "macro_f1", "top_1_accuracy", "category_accuracy", "n_samples", "performance", "memory"):
         assert entry[measure] is None
-    assert document["SLM_tiny_zero_shot"]["top_3_accuracy"] == 0.25
+    assert document["SLM_tiny_zero_shot"]["top_3_accuracy"] == 0.0025
     assert document["SLM_tiny_zero_shot"]["exact_match_accuracy"] is None
 
 

@@ -137,7 +137,7 @@ def test_a_measure_that_was_not_taken_stands_nowhere_as_a_number(result, folder)
         ("facebook/opt-125m", {"license": "other"}, "facebook/opt-125m"),
         ("somebody/his-model", {"license": "unknown"}, "somebody/his-model"),
         ("tiny-llama", {"license": "mit"}, None),
-        ("/srv/somebody/his model", {"license": "unknown"}, None),
+        ("/volume/somebody/his model", {"license": "unknown"}, None),
     ],
 )
 def test_base_model_and_licence_are_the_catalogues_or_not_known(name, licence, base, result, folder):
@@ -147,7 +147,7 @@ def test_base_model_and_licence_are_the_catalogues_or_not_known(name, licence, b
     text = card(other, folder, MANIFEST | {"config": {"slm_models": [{"name": name}]}}, key)
     assert licence.items() <= front(text).items()
     assert front(text).get("base_model") == base
-    assert "/srv/" not in text and "somebody/his model" not in text
+    assert "/volume/" not in text and "somebody/his model" not in text
     assert ("Licence of the base model: not known." in text) == (licence["license"] == "unknown")
 
 
@@ -160,9 +160,9 @@ def test_text_that_yaml_reads_otherwise_comes_back_as_it_was(result, folder):
 def test_a_hub_data_set_is_linked_and_a_file_is_named_without_its_folders(result, folder):
     hub = changed(result, data=result["data"] | {"source": "Ahmad0067/MedSynth", "generated": False}, text={})
     assert front(card(hub, folder))["datasets"] == ["Ahmad0067/MedSynth"]
-    file = changed(result, data=result["data"] | {"source": "/srv/somebody/secret/talks.csv"})
+    file = changed(result, data=result["data"] | {"source": "/volume/somebody/secret/talks.csv"})
     text = card(file, folder)
-    assert "datasets" not in front(text) and "`talks.csv`" in text and "/srv" not in text
+    assert "datasets" not in front(text) and "`talks.csv`" in text and "/volume" not in text
 
 
 def test_generated_data_is_stamped_and_other_data_is_not(result, folder):

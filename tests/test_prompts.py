@@ -16,6 +16,20 @@ CHATML = (
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
 
 
+MISTRAL = (  # a space before an answer, no system role of its own
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+)
+SILENT = NO_SYSTEM.replace("{{ raise_exception('no system role') }}", "").replace(  # drops it without a word
+    "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+)
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%H:%M:%S.%f') %}{% endif %}"
+    "<s>Today: {{ date_string }}\n" + CHATML
+)
+
+
 def builder(name="tiny-llama", template=None, window=256, labels=CODES, **wording) -> Prompts:
     tokenizer = models.load_tokenizer(name)
     if template:
@@ -23,10 +37,20 @@ def builder(name="tiny-llama", template=None, window=256, labels=CODES, **wordin
     return Prompts(tokenizer, Wording(**wording), labels, window, 16)
 
 
-@pytest.fixture(params=[*models.bundled_names(), "chat template", "chat template without a system role"])
+@pytest.fixture(
+    params=[
+        *models.bundled_names(),
+        "chat template",
+        "chat template without a system role",
+        "mistral",
+        "silent",
+        "dated",
+    ]
+)
 def made(request) -> Prompts:
     """A builder for every bundled tokenizer and for tokenizers with a chat template."""
-    templates = {"chat template": CHATML, "chat template without a system role": NO_SYSTEM}
+    templates = {"chat template": CHATML, "chat template without a system role": NO_SYSTEM, "mistral": MISTRAL}
+    templates |= {"silent": SILENT, "dated": DATED}
     template = templates.get(request.param)
     return builder("tiny-llama" if template else request.param, template)
 
@@ -53,7 +77,7 @@ def test_only_the_label_and_the_end_token_are_taught(made):
 def test_the_tokens_of_prompt_and_label_are_those_of_the_whole_text(made):
     """Tokenised in one piece by the tokenizer itself: a seam in a place where none is would teach another spelling."""
     row = made.row(TALK, "J4520")
-    text = made.text(TALK) + ("" if made.chat else " ") + "J45.20"
+    text = made.text(TALK) + made.prefix + "J45.20"
     whole = made.tokenizer(text, add_special_tokens=not made.chat)["input_ids"]
     assert row["input_ids"].tolist()[:-1] == whole
 
@@ -77,6 +101,37 @@ def test_a_template_without_a_system_role_has_its_text_in_the_first_question():
     assert other.text(TALK).startswith("<s>system\n" + prompts.SYSTEM["icd10"])
 
 
+def test_an_answer_stands_where_the_template_would_write_it():
+    """Rendered whole by the template, an answer's tokens are those that are taught and ranked."""
+    made = builder(template=MISTRAL)
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "E11.9"}]
+    whole = made.tokenizer(made.tokenizer.apply_chat_template(said, tokenize=False), add_special_tokens=False)
+    answer = made.answers["E119"]
+    assert made.prefix == " " and tuple(whole["input_ids"][-len(answer) :]) == answer
+
+
+def test_a_template_that_drops_the_system_text_without_a_word_has_it_in_the_first_question():
+    made = builder(template=SILENT)
+    assert made.system_in_user and prompts.SYSTEM["icd10"] in made.text(TALK)
+
+
+def test_a_template_that_writes_todays_date_writes_one_date_for_good():
+    first, second = builder(template=DATED), builder(template=DATED)
+    assert first.text(TALK) == second.text(TALK) and f"Today: {prompts.DATE}" in first.text(TALK)
+
+
+def test_another_text_around_the_dialogue_is_another_record():
+    assert builder(template=DATED).record()["around"] != builder(template=CHATML).record()["around"]
+
+
+def test_a_special_token_that_ends_an_answer_is_found_also_where_it_has_no_role():
+    tokenizer = models.load_tokenizer("tiny-llama")
+    tokenizer.add_tokens(["<|end|>"], special_tokens=True)
+    tokenizer.chat_template = CHATML.replace("</s>", "<|end|>")
+    made = Prompts(tokenizer, Wording(), CODES, 256, 16)
+    assert made.end == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
 # ------------------------------------------------------------------------------------------------ what is cut
 
 
@@ -85,9 +140,7 @@ def test_a_long_dialogue_loses_its_beginning_and_keeps_question_and_end(made):
     prompt = made.prompt(talk)
     text = made.tokenizer.decode(prompt.ids)
     assert prompt.cut > 0 and len(prompt.ids) + made.room <= made.window
-    assert (
-        "wheeze." in text and text.rstrip().removesuffix("assistant").rstrip().endswith("ICD-10-CM code:") | made.chat
-    )
+    assert "wheeze." in text and (made.chat or text.rstrip().endswith("ICD-10-CM code:"))
     assert "talk of a doctor" in text, "what is asked stays whole"
     assert len(prompt.ids) > (made.window - made.room) * 0.8, "no more is cut than has to be"
 

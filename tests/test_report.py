@@ -61,3 +61,12 @@ def test_large_weights_stay_out_of_the_archive_and_are_named(tmp_path, monkeypat
     bundle = zipfile.ZipFile(report.archive(tmp_path))
     assert bundle.namelist() == ["LEFT_OUT.txt"]
     assert bundle.read("LEFT_OUT.txt") == b"model.safetensors (4 bytes)\n"
+
+
+def test_kept_answers_of_a_comparison_stay_out_of_archives(tmp_path):
+    place = tmp_path / "runs" / ".predictions" / "coding-1"
+    place.mkdir(parents=True)
+    (place / "answers.json").write_text("said by a patient")
+    (tmp_path / "runs" / "result.json").write_text("{}")
+    with zipfile.ZipFile(report.archive(tmp_path)) as bundle:
+        assert bundle.namelist() == ["runs/result.json"]

@@ -28,8 +28,8 @@ LEVELS = {
     "comparison_live comparison_before comparison_said",
     5: "plots analysis_plots plots_training plots_pruning report earlier selfcheck equivalents example_grid overview "
     "overview_html sparsity_report plots_sparsity sparsity_results sparsity_answers sparsity_tables sparsity_html "
-    "plots_comparison plots_comparison_curves plots_comparison_size plots_comparison_use comparison_report comparison_tables "
-    "comparison_html run_report",
+    "plots_comparison plots_comparison_curves plots_comparison_size plots_comparison_use comparison_report "
+    "comparison_tables comparison_html run_report",
     4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds prefetch sparsity_price attempts "
     "retry_rules sweep sweep_pace workers ray_engine sparsity pruning_grid weight_pruning external_results "
     "comparison comparison_config comparison_data comparison_answers comparison_pace comparison_results "
