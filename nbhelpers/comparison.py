@@ -243,6 +243,8 @@ class Comparison:
             )
             answers = comparison_answers.obtain(asking, self.config, self.tracker, self._hear, self.should_stop)
             points.append((size, comparison_results.right(answers, self.on.headline)))
+            right = points[-1][1]
+            self._tell("answered", key=asking.key, right=sum(right), total=len(right), came=answers.came)
             self._phase("break_even", asking.key, answers, started)
         key = f"SLM_{model.short}_finetuned"
         self.curve = {"model": model.name, "key": key, "points": [*points, (whole, self._right(key))]}
@@ -293,6 +295,7 @@ class Comparison:
                 lines[number] = comparison_results.is_right(line, self.on.headline)
                 if len(lines) % INTERIM_EVERY == 0:
                     now["interim"] = self._interim(now["key"], lines)
+            now |= {"right": sum(lines.values()), "asked": len(lines)}
         self._tell(**now)
 
     def _interim(self, key: str, lines: Mapping[int, bool]) -> str | None:

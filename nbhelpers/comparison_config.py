@@ -89,7 +89,7 @@ class ComparisonConfig(StrictConfig):
         None, ge=16, description="most tokens of prompt and answer; None = the model's, up to 2048"
     )
     method: Literal["lora", "full"] = Field("lora", description="how small models are tuned (4-bit ones by qlora)")
-    epochs: int = Field(3, ge=1, le=1000, description="times each training dialogue is read")
+    epochs: int = Field(3, ge=1, le=10_000, description="times each training dialogue is read")
     learning_rate: float | None = Field(None, gt=0, le=1, description="peak; None takes the method's usual one")
     batch_size: int = Field(8, ge=1, le=65_536, description="dialogues per optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per pass; halved when memory ends")

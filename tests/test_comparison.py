@@ -61,6 +61,11 @@ def results(result) -> dict:
         return json.load(file)
 
 
+def lines_of(result, key="SLM_tiny-llama_finetuned") -> list[dict]:
+    with open(f"{result['run_dir']}/models/{key}/predictions.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def no_model(*_, **__):
     raise AssertionError("a model was loaded")
 
@@ -130,7 +135,11 @@ def test_progress_names_the_phase_and_the_model_at_work(done):
     stages = [(now["stage"], now.get("key")) for now in done[3]]
     order = [key for stage, key in stages if stage == "answered"]
     assert order[:3] == ["BASELINE_majority", "BASELINE_nearest", "BASELINE_tfidf_linear"]
-    assert order[3:] == ["LLM_small-llama_untrained", "SLM_tiny-llama_zero_shot", "SLM_tiny-llama_finetuned"]
+    small = ["SLM_tiny-llama_zero_shot", "SLM_tiny-llama_finetuned", "SLM_tiny-llama_on_12"]
+    assert order[3:] == ["LLM_small-llama_untrained", *small]
+    answering = [now for now in done[3] if now["stage"] == "answering" and now["key"] == "SLM_tiny-llama_finetuned"]
+    right = sum(line["ranked"][0] in line["gold"] for line in lines_of(done[1]))
+    assert (answering[-1]["right"], answering[-1]["asked"]) == (right, 18)
     assert ("tuning", "SLM_tiny-llama_finetuned") in stages
 
 
