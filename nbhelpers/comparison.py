@@ -24,6 +24,7 @@ from nbhelpers import (
     estimates,
     model_card,
     models,
+    predictions,
     records,
     runtime,
     verdicts,
@@ -32,7 +33,6 @@ from nbhelpers.comparison_answers import Answers, Asking, Tuning
 from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig, seconds_of
 from nbhelpers.comparison_data import ComparisonData
 from nbhelpers.dialogues import Dialogue
-from nbhelpers.predictions import FILE as PREDICTIONS
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 
 RESULTS = "results.json"
@@ -174,11 +174,10 @@ class Comparison:
         """Put a state's answers on record: predictions beside, its phase, what it got right so far."""
         self.answers[key] = answers
         for part, lines in answers.lines.items():
-            name = PREDICTIONS if part == "test" else f"predictions.{part}.jsonl"
+            name = predictions.FILE if part == "test" else f"predictions.{part}.jsonl"
             folder = self.tracker.run_dir / "models" / key
             folder.mkdir(parents=True, exist_ok=True)
-            text = "".join(records.canonical_json(records.plain(line)) + "\n" for line in lines)
-            records.write_atomic(folder / name, text)
+            records.write_atomic(folder / name, predictions.as_lines(lines))
         self._phase(phase, key, answers, started)
         right = self._right(key)
         self._tell("answered", key=key, right=sum(right), total=len(right), came=answers.came)
@@ -212,7 +211,7 @@ class Comparison:
     def _write_cards(self, result: Mapping[str, Any]) -> None:
         """A model card beside each tuned model that this run has made."""
         manifest = records.read_json(self.tracker.run_dir / "manifest.json")
-        for side, members in self.on.sides.items():
+        for side, members in self.config.sides.items():
             for model in members:
                 key = f"{side}_{model.short}_finetuned"
                 folder = self.tracker.run_dir / "models" / key / "model"
@@ -242,8 +241,8 @@ class Comparison:
                 tuning=self._tuning(model, [self.on.train[at] for at in chosen], keep=False),
             )
             answers = comparison_answers.obtain(asking, self.config, self.tracker, self._hear, self.should_stop)
-            points.append((size, comparison_results.right(answers, self.on.headline)))
-            right = points[-1][1]
+            right = comparison_results.right(answers, self.on.headline)
+            points.append((size, right))
             self._tell("answered", key=asking.key, right=sum(right), total=len(right), came=answers.came)
             self._phase("break_even", asking.key, answers, started)
         key = f"SLM_{model.short}_finetuned"
@@ -300,14 +299,12 @@ class Comparison:
 
     def _interim(self, key: str, lines: Mapping[int, bool]) -> str | None:
         """The verdict on what a tuned small model has answered so far; None where there is nothing to compare."""
-        large = {
-            name: self._right(name) for name in self.answers if name.startswith("LLM_") and name.endswith("_untrained")
-        }
+        large = [name for name in self.answers if name.startswith("LLM_") and name.endswith("_untrained")]
         if not large or not key.startswith("SLM_") or not key.endswith("_finetuned"):
             return None
         numbers = sorted(lines)
         found = verdicts.interim(
-            {name: [right[at] for at in numbers] for name, right in large.items()},
+            {name: [right[at] for at in numbers] for name, right in zip(large, map(self._right, large), strict=True)},
             {key: [lines[at] for at in numbers]},
             asked=len(self.on.test),
             measure=self.on.headline,

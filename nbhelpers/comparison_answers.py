@@ -222,14 +222,10 @@ def _ask(asking: Asking, config: ComparisonConfig, tracker: ExperimentTracker, t
             "model_dir": str((folder / "model").resolve()) if tuned is not None and asking.tuning.keep else None,
             "performance": performance,
             "memory": {"weights_bytes": models.weight_bytes(model)} | _peak(preparing, answering),
-            "truncated": {part: sum(map(_is_cut(asking.prompts), rows)) for part, rows in asking.parts.items()},
+            "truncated": answers.about["truncated"],
         }
     (folder / PARTIAL).unlink(missing_ok=True)
     return Answers(answers.lines, answers.scores, about)
-
-
-def _is_cut(prompts: Prompts) -> Callable[[Dialogue], bool]:
-    return lambda row: prompts.prompt(row.text).cut > 0
 
 
 def _peak(first: memory.MemoryMark, second: memory.MemoryMark) -> dict[str, Any]:
@@ -259,8 +255,11 @@ def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell,
     scores: dict[str, np.ndarray | None] = {}
     speeds: dict[str, dict] = {}
     total = sum(len(rows) for rows in asking.parts.values()) * len(asking.kinds)
+    truncated: dict[str, int] = {}
     done = 0
     for part, rows in asking.parts.items():
+        asked_with = [asking.prompts.prompt(row.text) for row in rows]
+        truncated[part] = sum(prompt.cut > 0 for prompt in asked_with)
         found = [{"id": row.id, "gold": list(row.labels), **before.get((part, at), {})} for at, row in enumerate(rows)]
         for kind in asking.kinds:
             mark = "ranked" if kind == "ranking" else "said"
@@ -282,12 +281,12 @@ def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell,
                     | {"done": done, "total": total}
                 )
             if left and part == "test":
-                tokens = sum(len(asking.prompts.prompt(row.text).ids) for row in asked)
+                tokens = sum(len(asked_with[at].ids) for at in left)
                 speeds[kind] = label_answers.Speed(clock.seconds, len(left), tokens).record()
         columns = [line.pop("logprobs", None) for line in found]
         scores[part] = None if columns[0] is None else np.asarray(columns, dtype=np.float32)
         lines[part] = found
-    return Answers(lines, scores, {"performance": {"kinds": speeds}})
+    return Answers(lines, scores, {"performance": {"kinds": speeds}, "truncated": truncated})
 
 
 class _Clock:

@@ -166,6 +166,14 @@ class ComparisonConfig(StrictConfig):
         return self
 
     @property
+    def sides(self) -> dict[str, tuple[ModelInstanceConfig, ...]]:
+        """The models that take part, by side."""
+        return {
+            "LLM": self.llm_models if self.experiment != "training" else (),
+            "SLM": self.slm_models if self.experiment != "baseline" else (),
+        }
+
+    @property
     def tunes(self) -> bool:
         """Whether any model is tuned."""
         return self.experiment != "baseline" or self.fine_tune_llms

@@ -9,6 +9,7 @@ from typing import Any
 from nbhelpers import break_even, dialogues, label_split, models
 from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig
 from nbhelpers.dialogues import Dialogue, Dialogues
+from nbhelpers.label_answers import KINDS
 from nbhelpers.label_split import Split
 from nbhelpers.prompts import Prompts, Wording
 
@@ -30,7 +31,7 @@ class ComparisonData:
     @property
     def kinds(self) -> tuple[str, ...]:
         """How a model is asked: "ranking", "writing" or both."""
-        return {"both": ("ranking", "writing")}.get(self.config.answers, (self.config.answers,))
+        return KINDS if self.config.answers == "both" else (self.config.answers,)
 
     @property
     def headline(self) -> str:
@@ -41,12 +42,6 @@ class ComparisonData:
     def tunes(self) -> bool:
         """Whether any model is tuned."""
         return self.config.tunes
-
-    @property
-    def sides(self) -> dict[str, tuple[ModelInstanceConfig, ...]]:
-        """The models that take part, by side."""
-        large = self.config.llm_models if self.config.experiment != "training" else ()
-        return {"LLM": large, "SLM": self.config.slm_models if self.config.experiment != "baseline" else ()}
 
     def wording(self) -> Wording:
         """What is said around each dialogue: the same for all models."""
@@ -72,10 +67,7 @@ class ComparisonData:
 
 def prepared(config: ComparisonConfig) -> ComparisonData:
     """Read, clean and split the data, and load the tokenizers: what is wrong with data and model names is said here."""
-    taking_part = (
-        *(config.llm_models if config.experiment != "training" else ()),
-        *(config.slm_models if config.experiment != "baseline" else ()),
-    )
+    taking_part = [model for members in config.sides.values() for model in members]
     for model in taking_part:
         models.load_config(model.name)
     data = dialogues.read(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -13,14 +12,11 @@ from pydantic import Field, ValidationError
 
 from nbhelpers import catalogue, comparison_live, equivalents
 from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig
-from nbhelpers.registry import unknown
 from nbhelpers.runs import Run
 
 SIDES = {"llm_models": "llm_4bit", "slm_models": "slm_4bit"}  # field -> whether its models load in 4 bits
 BUNDLED = {"llm_models": ("small-llama",), "slm_models": ("tiny-llama", "tiny-gpt2")}
 ROLES = {"llm_models": "llm", "slm_models": "slm"}  # field -> what the catalogue calls that side
-NEWEST = "newest"  # what `resume` may also say: the interrupted run that was begun last
-UNFINISHED = ("interrupted", "failed")
 
 
 class ComparisonForm(ComparisonConfig):
@@ -161,14 +157,3 @@ def label(run: Run) -> str:
     if run.result is None:
         return f"{run.folder.name} ({run.status}: go on)"
     return f"{run.folder.name} ({(run.result.get('answer') or {}).get('answer', 'finished')})"
-
-
-def find_unfinished(wanted: str, runs: Iterable[Run]) -> Run:
-    """The interrupted run of a name, run id or folder; "newest": the first. LookupError where there is none."""
-    runs = [run for run in runs if run.status in UNFINISHED]
-    for run in runs:
-        if wanted in (NEWEST, run.run_id) or Path(wanted).name == run.folder.name:
-            return run
-    if not runs:
-        raise LookupError(f"resume {wanted!r}: no interrupted comparison is here; leave resume out for a new run")
-    raise LookupError(unknown("interrupted run", wanted, [run.folder.name for run in runs]))

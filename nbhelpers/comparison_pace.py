@@ -23,7 +23,7 @@ def rates(made: ComparisonData, tell: Callable[..., None], should_stop: Stop = N
     learning: dict[str, float] = {}
     loading: dict[str, float] = {}
     fixed = 0.0
-    for side, members in made.sides.items():
+    for side, members in made.config.sides.items():
         tunes = side == "SLM" or config.fine_tune_llms
         for model in members:
             key = f"{side}_{model.short}"

@@ -125,7 +125,11 @@ class ComparisonPanel(Panel):
         self.choice.observe(self._chosen, "value")
         self._columns_where_needed()
         if resume is not None:
-            self.choice.value = forms.label(forms.find_unfinished(resume, self.earlier.values()))
+            self.choice.value = forms.label(
+                earlier.find_unfinished(
+                    resume, [run for run in self.earlier.values() if run.status in earlier.UNFINISHED], "comparison"
+                )
+            )
 
     def _form(self, config: ComparisonForm) -> Form:
         form = Form(
@@ -338,12 +342,12 @@ class ComparisonPanel(Panel):
     def resumed(self) -> Run | None:
         """The interrupted run that Run goes on with; None: a new run."""
         run = self.earlier.get(self.choice.value)
-        return run if run is not None and run.status in forms.UNFINISHED else None
+        return run if run is not None and run.status in earlier.UNFINISHED else None
 
     def _offer_earlier(self) -> None:
         found = earlier.find_runs(self.root, colab.drive_folder(), uploads=None)
         mine = [run for run in found if run.kind == "comparison" and forms.from_record(run.config) is not None]
-        shown = [run for run in mine if run.status in (*forms.UNFINISHED, "finished")][:RUNS_OFFERED]
+        shown = [run for run in mine if run.status in (*earlier.UNFINISHED, "finished")][:RUNS_OFFERED]
         self.earlier = {forms.label(run): run for run in shown}
         self._choosing = True
         self.choice.options = [NEW, *self.earlier]
@@ -375,9 +379,9 @@ class ComparisonPanel(Panel):
 
     def _say_choice(self) -> None:
         run = self.earlier.get(self.choice.value)
-        open_ = sum(one.status in forms.UNFINISHED for one in self.earlier.values())
+        open_ = sum(one.status in earlier.UNFINISHED for one in self.earlier.values())
         text = f"{len(self.earlier)} here, {open_} not at the end"
-        if run is not None and run.status in forms.UNFINISHED:
+        if run is not None and run.status in earlier.UNFINISHED:
             text = f"{run.status}: goes on where it was, in its own folder with its own settings"
         elif run is not None:
             text = "shown below; its settings stand in the form"

@@ -258,7 +258,7 @@ def _own_facts(on: ComparisonData) -> list[dict[str, Any]]:
             "values": {"equal": same, "near": near},
         }
     ]
-    large = [model.name for model in on.sides["LLM"]]
+    large = [model.name for model in on.config.sides["LLM"]]
     if large and all(models.locate(name)[0] == "bundled" for name in large):
         facts.append(_not_read_before(on))
     return facts

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from nbhelpers import report
 from nbhelpers.errors import flat
 from nbhelpers.records import slug
+from nbhelpers.registry import unknown
 from nbhelpers.runs import Run, read_run
 
 MOST_BYTES = 4 * 2**30  # unpacked, of one archive
@@ -23,6 +24,8 @@ MOST_FILES = 20_000
 MANIFEST = "manifest.json"
 MOST_MANIFEST_BYTES = 2**20
 NOT_KEPT = ("lock", "*.tmp", "*.part")  # belong to the process at work, or are not whole
+NEWEST = "newest"  # what `resume` may also say: the interrupted run that was begun last
+UNFINISHED = ("interrupted", "failed")
 log = logging.getLogger(__name__)
 Tell = Callable[[str], object]
 
@@ -51,6 +54,18 @@ def find_runs(
             if known is None or (known.result is None and run.result is not None):  # the finished copy of two
                 found[run.run_id] = run
     return sorted(found.values(), key=lambda run: (str(run.manifest.get("created", "")), run.run_id), reverse=True)
+
+
+def find_unfinished(wanted: str, runs: Iterable[Run], what: str) -> Run:
+    """The one of these interrupted runs with a name, run id or folder; "newest": the first. LookupError where there is
+    none. what: of which kind they are, in words."""
+    runs = list(runs)
+    for run in runs:
+        if wanted in (NEWEST, run.run_id) or Path(wanted).name == run.folder.name:
+            return run
+    if not runs:
+        raise LookupError(f"resume {wanted!r}: no interrupted {what} is here; leave resume out for a new run")
+    raise LookupError(unknown("interrupted run", wanted, [run.folder.name for run in runs]))
 
 
 def _runs_in(folder: Path, tell: Tell) -> Iterable[Run]:

@@ -356,7 +356,7 @@ def _run(config, tracker: ExperimentTracker, rows, asked, identity, progress, sh
         lines, checked, precision = before["lines"], before["facts"], before["precision"]
     came = "measured" if before is None else "cached"
     tracker.event("answers", came=came, documents=len(lines))
-    records.write_atomic(folder / predictions.FILE, as_lines(lines))
+    records.write_atomic(folder / predictions.FILE, predictions.as_lines(lines))
     (folder / PARTIAL).unlink(missing_ok=True)
     found = measures(lines, rows.task.metrics)
     protocol = tasks.protocol(rows, config.shots) | precision
@@ -429,11 +429,6 @@ def _facts(loaded: models.LoadedModel, task: tasks.Task, asked: Sequence[tasks.A
         return [facts.texts_score_as_the_model_reads_them(loaded.model, first)]
     few = [_question(loaded.tokenizer, document) for document in asked[:CHECKED]]
     return [facts.choices_score_as_alone(loaded.model, few)]
-
-
-def as_lines(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The text of predictions.jsonl."""
-    return "".join(records.canonical_json(records.plain(line)) + "\n" for line in lines)
 
 
 def verdict(config: EvaluationConfig, rows: tasks.Rows, found: Mapping[str, Any]) -> str:

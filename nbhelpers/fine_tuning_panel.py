@@ -31,14 +31,11 @@ from nbhelpers import (
 )
 from nbhelpers.fine_tuning import PRESETS, FineTuningConfig, FineTuningExperiment, from_preset, required_memory
 from nbhelpers.panel import guarded
-from nbhelpers.registry import unknown
 from nbhelpers.runs import Run
 from nbhelpers.staged_panel import TEXTS, StagedPanel
 from nbhelpers.stats import digits
 
 NEW = "a new run"
-NEWEST = "newest"  # what `resume` may also say: the interrupted run that was begun last
-UNFINISHED = ("interrupted", "failed")
 SAMPLES_SHOWN = 6
 WORDS = {
     "full fine-tuning": "All weights are trained. Needs 16 bytes a parameter: weight, gradient, two moments of AdamW.",
@@ -121,7 +118,9 @@ class FineTuningPanel(StagedPanel):
         self._offer_unfinished(self.earlier)
         self.choice.observe(self._chosen, "value")
         if resume is not None:
-            self.choice.value = self._label(find_unfinished(resume, self.unfinished.values()))
+            self.choice.value = self._label(
+                earlier.find_unfinished(resume, self.unfinished.values(), "fine-tuning run")
+            )
 
     def model_names(self) -> list[str]:
         return [*models.bundled_names(), *catalogue.names()]
@@ -256,7 +255,7 @@ class FineTuningPanel(StagedPanel):
 def can_go_on(run: Run) -> bool:
     """Whether a run is one of fine-tuning that ended before its time, with a config that this version understands."""
     try:
-        return run.kind == "fine_tuning" and run.status in UNFINISHED and own_config(run) is not None
+        return run.kind == "fine_tuning" and run.status in earlier.UNFINISHED and own_config(run) is not None
     except ValidationError:
         return False
 
@@ -264,17 +263,6 @@ def can_go_on(run: Run) -> bool:
 def own_config(run: Run) -> FineTuningConfig:
     """The config that a run was begun with."""
     return FineTuningConfig(**{name: run.config[name] for name in run.config if name in FineTuningConfig.model_fields})
-
-
-def find_unfinished(wanted: str, runs: Iterable[Run]) -> Run:
-    """The interrupted run of a name, run id or folder; "newest": the first. LookupError where there is none."""
-    runs = list(runs)
-    for run in runs:
-        if wanted in (NEWEST, run.run_id) or Path(wanted).name == run.folder.name:
-            return run
-    if not runs:
-        raise LookupError(f"resume {wanted!r}: no interrupted fine-tuning run is here; leave resume out for a new run")
-    raise LookupError(unknown("interrupted run", wanted, [run.folder.name for run in runs]))
 
 
 def newest_steps(run: Run) -> dict[str, int]:

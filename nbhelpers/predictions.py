@@ -39,6 +39,11 @@ def read(folder: str | Path) -> list[dict[str, Any]] | None:
     return lines
 
 
+def as_lines(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The text of predictions.jsonl."""
+    return "".join(records.canonical_json(records.plain(line)) + "\n" for line in lines)
+
+
 def outcomes(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[bool | None]]:
     """Measure -> right or not of each line; None where a line has no valid answer. Measures that no line has are left
     out."""

@@ -167,7 +167,7 @@ class SparsityExperiment(StagedExperiment):
             found["tuned"] = self._after_tuning(model, chosen) if tuned is not None else found["masked"]
             self._check_mask(model, chosen)
             self.precision = evaluation.precision_of(model) | {"device": next(model.parameters()).device.type}
-            records.write_atomic(self.tracker.run_dir / predictions.FILE, evaluation.as_lines(self.lines))
+            records.write_atomic(self.tracker.run_dir / predictions.FILE, predictions.as_lines(self.lines))
             if config.keep_model:
                 shutil.rmtree(self.tracker.run_dir / "model", ignore_errors=True)  # of an attempt killed after saving
                 models.save_model(model, self.tokenizer, self.tracker.run_dir / "model")
