@@ -40,8 +40,9 @@ class ModelInstanceConfig(StrictConfig):
 
     @property
     def short(self) -> str:
-        """The last part of its name, as it stands in keys and folders."""
-        return records.slug(Path(self.name.rstrip("/")).name)
+        """The last part of its name, as it stands in keys and folders; without "-hf", which says only that transformers
+        loads it, and reads like the beginning of a token (hf_...) where "_finetuned" follows: it would be masked."""
+        return re.sub(r"[-.]hf$", "", records.slug(Path(self.name.rstrip("/")).name))
 
     @property
     def quantization(self) -> str | None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from nbhelpers import yaml_files
 from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig, seconds_of
 from nbhelpers.errors import one_line
+from nbhelpers.redaction import Redactor
 
 
 def refused(**fields) -> str:
@@ -82,3 +83,10 @@ def test_a_window_beyond_the_models_positions_is_refused():
 )
 def test_the_examples_are_configs_that_can_be_meant(file):
     assert ComparisonConfig(**yaml_files.read(file)).slm_models
+
+
+def test_a_key_of_a_model_whose_name_ends_in_hf_is_not_taken_for_a_token():
+    short = ModelInstanceConfig(name="meta-llama/Llama-2-7b-hf").short
+    assert short == "Llama-2-7b"
+    key = f"SLM_{short}_finetuned"
+    assert Redactor().text(key) == key
