@@ -128,9 +128,9 @@ def decisions(result: Mapping[str, Any]) -> str:
 
 
 def left(result: Mapping[str, Any]) -> str:
-    """What a run leaves in its folder: its page, its numbers, its tuned models."""
+    """What a run leaves: its page, its numbers, its tuned models, below the run that tuned them."""
     run_dir = Path(result["run_dir"])
-    tuned = [f"models/{key}/model" for key in result["models"] if (run_dir / "models" / key / "model").is_dir()]
+    tuned = [f"models/{key}/model" for key, entry in result["models"].items() if entry.get("model_dir")]
     found = {"run": run_dir.name, "report": comparison_report.NAME, "numbers": RESULTS}
     return "\n".join([*(f"{what:<8}{name}" for what, name in found.items()), *(f"{'model':<8}{one}" for one in tuned)])
 
