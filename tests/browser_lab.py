@@ -304,6 +304,20 @@ WATCH = """(name) => {
     document.querySelectorAll('.' + name + ' img').forEach(take);
 }"""
 
+# Every status of the panel as it is shown, so that one which passes between two looks is not missed, and one from
+# before the last click is not taken for its answer.
+STATUSES = """(() => {
+    window.nbhStatuses = [];
+    let shown = null;
+    const look = () => {
+        const status = document.querySelector('.nbh-status');
+        if (!status || status.textContent === shown) return;
+        shown = status.textContent;
+        window.nbhStatuses.push(status.innerText.trim());
+    };
+    new MutationObserver(look).observe(document, {subtree: true, childList: true, characterData: true});
+})()"""
+
 
 class LabPage:
     """A notebook in a tab, driven as a person would: by the classes of the panel's parts and by keys."""
@@ -313,6 +327,7 @@ class LabPage:
         self.width, self.height = width, height
         self.console: list[str] = []
         page.set_default_timeout(STEP_SECONDS * 1000)
+        page.add_init_script(STATUSES)
         page.on("dialog", lambda dialog: dialog.accept())  # "leave without saving?" of a reload
         page.on("console", lambda said: self.console.append(f"{said.type}: {said.text}"))
         page.on("pageerror", lambda error: self.console.append(f"pageerror: {error}"))
@@ -345,6 +360,7 @@ class LabPage:
 
     def start_all(self) -> None:
         """Run all cells and do not wait."""
+        self._forget_statuses()
         self.page.evaluate(RUN, "notebook:run-all-cells")
 
     def run_all(self, seconds: float = 180) -> None:
@@ -356,6 +372,7 @@ class LabPage:
         """Run the cells above the first code cell that holds `text`, and wait as `run_all` does."""
         if self.page.evaluate(SELECT, text) < 1:
             raise ValueError(f"no cell above one that holds {text!r}")
+        self._forget_statuses()
         self.page.evaluate(RUN, "notebook:run-all-above")
         self._wait_run(seconds)
 
@@ -411,6 +428,7 @@ class LabPage:
 
     def press(self, name: str) -> None:
         """Click the button of a part (the class may sit on the button or around it)."""
+        self._forget_statuses()
         self.page.locator(f"button.{name}, .{name} button").first.click()
 
     def is_enabled(self, name: str) -> bool:
@@ -447,6 +465,7 @@ class LabPage:
 
     def double_click(self, name: str) -> None:
         """Two clicks before the kernel can have answered the first."""
+        self._forget_statuses()
         self.page.locator(f"button.{name}, .{name} button").first.evaluate(
             "button => { button.click(); button.click(); }"
         )
@@ -464,22 +483,29 @@ class LabPage:
         return path
 
     def wait_status(self, *beginnings: str, seconds: float = 180) -> str:
-        """The panel's status once it begins with one of these; AssertionError tells what it says instead."""
+        """The first status, since the last click and the last one waited for, that begins with one of these.
+
+        AssertionError tells what was shown instead.
+        """
         from playwright.sync_api import TimeoutError as NotThere
 
         wanted = json.dumps([beginning.lower() for beginning in beginnings])
         script = f"""() => {{
-            const text = document.querySelector('.nbh-status')?.innerText.trim().toLowerCase() ?? '';
-            return {wanted}.some(start => text.startsWith(start));
+            const at = window.nbhStatuses.findIndex(
+                shown => {wanted}.some(start => shown.toLowerCase().startsWith(start)));
+            return at < 0 ? null : window.nbhStatuses.splice(0, at + 1)[at];
         }}"""
         try:
-            self.page.wait_for_function(script, timeout=seconds * 1000)
+            return self.page.wait_for_function(script, timeout=seconds * 1000).json_value()
         except NotThere as error:
             shown = "".join(self.part("nbh-error").all_inner_texts()).strip()
             raise AssertionError(
-                f"status never began with {beginnings}: {self.status()!r} {shown}\n" + "\n".join(self.console[-5:])
+                f"status never began with {beginnings}: {self.page.evaluate('() => window.nbhStatuses')} {shown}\n"
+                + "\n".join(self.console[-5:])
             ) from error
-        return self.status()
+
+    def _forget_statuses(self) -> None:
+        self.page.evaluate("() => { window.nbhStatuses = []; }")
 
     def watch_pictures(self, name: str = "nbh-live") -> None:
         """From now on, note every picture that the <img> elements below a class show."""

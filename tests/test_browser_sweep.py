@@ -58,7 +58,7 @@ def test_after_a_killed_kernel_the_same_cells_go_on_and_a_changed_form_adds_to_t
         page.wait_status("running", seconds=STEP_SECONDS)
         page.wait_status("finished", seconds=RUN_SECONDS)
         assert set(before) <= set(done(lab)) and sweep.status(folder(lab))["done"] == 5
-        assert page.pictures(), "the curve is drawn"
+        until("the curve is drawn", page.pictures, STEP_SECONDS)
 
         page.page.locator(".nbh-field-methods label", has_text="random").first.click()
         until("the tiles follow", lambda: "9\ntrainings" in page.text("nbh-before"), STEP_SECONDS)
