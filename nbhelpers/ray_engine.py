@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,14 +22,13 @@ from nbhelpers import attempts, sweep
 from nbhelpers import workers as several
 from nbhelpers.grid import Job, JobKind, Plan
 from nbhelpers.ledger import BEAT_SECONDS, Ledger
+from nbhelpers.ray_connection import answers, connected, installed, look_up
 from nbhelpers.records import plain
 from nbhelpers.runlock import STALE_SECONDS, this_process
 from nbhelpers.tracking import Interrupted
 
 MODULES = ("nbhelpers.jobkinds",)  # what an actor imports first: all that register kinds of jobs
 RESTARTS = 3  # of actors that died before they had begun a job; a job that kills them is given up by its own rule
-STARTS = 3  # of Ray itself: it gives up after 15 s that cannot be set, which a busy machine needs for its helpers
-OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through it; Ray takes no less than 75 MiB
 LOOK_SECONDS, STOP_SECONDS, PATIENCE_SECONDS = 0.5, 30.0, 60.0
 log = logging.getLogger(__name__)
 
@@ -52,29 +50,17 @@ def run(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    if address is not None:
+        look_up(address)
     allowed, ray, expansion = sweep.parse_budget(budget), installed(local=address is None), sweep.opened(plan)
     folder = Path(folder).resolve()
     several.lay_down(expansion.plan, folder)
     todo = sweep.Pass(expansion, sweep.laid_down(expansion, folder), allowed, progress, should_stop)
     if not todo.waiting and not todo.ledger.to_come:
         return todo.summary("done")
-    with _connected(ray, workers, address) as head, several.told_by_signals(should_stop) as stop:
+    with connected(ray, workers, address) as head, several.told_by_signals(should_stop) as stop:
         how = _Crew(ray, todo, workers, head, stop).run()
     return todo.summary(how)
-
-
-def installed(local: bool = True) -> Any:
-    """The ray module, silent about its use and on loopback; LookupError that says how to get it where it is missing."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if local:  # Ray's name for "no cluster": it and its servers then keep to 127.0.0.1
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    try:
-        return importlib.import_module("ray")
-    except ImportError:
-        raise LookupError(
-            'engine ray needs the package ray, which is not installed: pip install "nbhelpers[ray]", or use the engine '
-            "local with several workers"
-        ) from None
 
 
 def choose(waiting: Sequence[Job], kind: JobKind, held: str | None, others: Sequence[str | None]) -> Job:
@@ -211,7 +197,7 @@ class _Crew:
 
     def _look(self) -> bool:
         """Wait a moment for answers and take them; False where a job was interrupted."""
-        if self.head is not None and not _answers(self.head):
+        if self.head is not None and not answers(self.head):
             raise _HeadGone
         self._say_where_nobody_is_ready()
         with self._only_actor_errors():
@@ -258,7 +244,7 @@ class _Crew:
             raise _HeadGone from None
 
     def _replace(self, actor: _Actor, error: Exception) -> None:
-        if self.head is not None and not _answers(self.head):
+        if self.head is not None and not answers(self.head):
             raise _HeadGone
         if actor.job is not None:  # on another host its lease looks alive until it is stale
             self.taken_until[actor.job.id] = time.monotonic() + STALE_SECONDS + BEAT_SECONDS
@@ -269,7 +255,8 @@ class _Crew:
             if self.restarts < 0:
                 why = str(error).strip().splitlines()[-1]
                 raise RuntimeError(f"Ray lost {RESTARTS + 1} actors that had begun no job; of the last one: {why}")
-        log.warning("an actor of Ray died%s: another one takes its place", f" in job {actor.job.id}" * bool(actor.job))
+        place = "" if actor.job is None else f" in job {actor.job.id}"
+        log.warning("an actor of Ray died%s: another one takes its place", place)
         self._start()
 
     def _say_where_nobody_is_ready(self) -> None:
@@ -293,7 +280,7 @@ class _Crew:
 
     def _dismiss(self) -> None:
         """Let the actors give back what they hold, and end them."""
-        if self.head is not None and not _answers(self.head):
+        if self.head is not None and not answers(self.head):
             return
         with contextlib.suppress(self.ray.exceptions.RayError, ConnectionError):
             leaving = [actor.handle.leave.remote() for actor in self.idle]
@@ -313,88 +300,3 @@ def _resources(ray: Any, count: int) -> dict[str, Any]:
 
 def _total(ray: Any) -> str:
     return ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
-
-
-@contextlib.contextmanager
-def _connected(ray: Any, count: int, address: str | None) -> Iterator[str | None]:
-    """Ray, and the address of its head where that can be watched; one of our own is gone afterwards with all of its."""
-    if ray.is_initialized():
-        if address is not None:
-            raise ValueError(
-                f"this process is connected to Ray already, got address {address!r}: leave it out to use that one, or "
-                "call ray.shutdown() first"
-            )
-        yield _head(ray)
-        return
-    try:
-        _connect(ray, count, address)
-        yield _head(ray)
-    finally:
-        started = [] if address is not None else _below()
-        ray.shutdown()
-        _end(started)
-
-
-def _connect(ray: Any, count: int, address: str | None) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if address is not None:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"no Ray answers at address {address!r}: {' '.join(str(error).split())}") from error
-        return
-    cores = max(count, os.cpu_count() or 1)
-    own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
-    for left in reversed(range(STARTS)):
-        try:
-            ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **own, **quiet)
-            return
-        except Exception as error:  # Ray has no other type for a part of it that took longer than its 15 s
-            started = _below()
-            ray.shutdown()
-            _end(started)
-            if not left:
-                raise RuntimeError(f"Ray did not start on this machine, {STARTS} times: {error}") from error
-            log.warning("Ray did not start in time (%s): once more", error)
-
-
-def _head(ray: Any) -> str | None:
-    """host:port of the head; None through Ray's client (ray://), which notices by itself."""
-    return None if ray.util.client.ray.is_connected() else ray.get_runtime_context().gcs_address
-
-
-def _answers(head: str) -> bool:
-    host, _, port = head.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError:
-        return False
-    return True
-
-
-# in the command lines of its processes: of the package's own folders, as a home or an image may be called ray too
-OF_RAY = tuple(f"{os.sep}ray{os.sep}{part}{os.sep}" for part in ("_private", "core", "dashboard", "autoscaler"))
-
-
-def _below() -> list[Any]:
-    """Processes below this one that are Ray's."""
-    import psutil
-
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if any(word.startswith("ray::") or any(part in word for part in OF_RAY) for word in words):
-                found.append(process)
-    return found
-
-
-def _end(processes: list[Any]) -> None:
-    """None of them outlives the sweep, also where the head that would have ended them is gone."""
-    import psutil
-
-    _, alive = psutil.wait_procs(processes, timeout=5)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5)

@@ -72,7 +72,8 @@ def run_fake(config: FakeConfig, *, run_dir: Path, progress=None, should_stop=No
                 progress({"stage": "fake", "step": step, "loss": config.a + config.b / step})
         total = float("nan") if config.what == "nan" else config.a + config.b
         if config.log:
-            append_line(config.log, {"a": config.a, "b": config.b, "seed": config.seed, "pid": os.getpid()})
+            row = {"a": config.a, "b": config.b, "seed": config.seed, "pid": os.getpid()}
+            append_line(config.log, row | {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")})
         tracker.finish({"total": total})
     if at == "after":
         os.kill(os.getpid(), signal.SIGKILL)

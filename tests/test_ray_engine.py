@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ import pytest
 from fake_jobs import plan
 from typer.testing import CliRunner
 
-from nbhelpers import cli, ray_engine, sweep, workers
+from nbhelpers import cli, ray_connection, ray_engine, sweep, workers
 from nbhelpers.grid import Job
 from nbhelpers.records import read_lines
 from nbhelpers.runlock import read_owner
@@ -102,6 +103,21 @@ def test_options_that_do_not_fit_together_are_refused(words, said, tmp_path):
     assert result.exit_code == 2 and said in result.stderr and not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("address", ["here", "ray://here", "local", "127.0.0.1:port", "a b:1"])
+def test_an_address_that_is_none_is_refused_by_name(address, tmp_path):
+    with pytest.raises(ValueError, match=f"address must be auto, host:port or ray://host:port, got '{address}'"):
+        ray_engine.run(plan(axes={"a": [1]}), tmp_path / "s", 1, address=address)
+
+
+@pytest.mark.parametrize("before", ["", "ray://"])
+def test_an_address_where_nothing_listens_is_one_line_at_once(before, tmp_path):
+    with socket.socket() as taken:  # bound, so that nobody else listens there, and not listening itself
+        taken.bind(("127.0.0.1", 0))
+        address = f"{before}127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"nothing listens at address '{address}'"):
+            ray_engine.run(plan(axes={"a": [1]}), tmp_path / "s", 1, address=address)
+
+
 # ------------------------------------------------------------------------------------------------ Ray itself
 
 
@@ -111,7 +127,7 @@ def a_ray():
     before, ray_engine.MODULES = ray_engine.MODULES, ("nbhelpers.jobkinds", "fake_jobs")
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{fake_jobs.TESTS}{os.pathsep}{ROOT}"
-    with ray_engine._connected(ray_engine.installed(), 2, None) as head:
+    with ray_connection.connected(ray_connection.installed(), 2, None) as head:
         yield head
     ray_engine.MODULES = before
     os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
@@ -191,6 +207,14 @@ def test_a_stop_interrupts_the_jobs_at_hand_and_the_next_run_goes_on(a_ray, tmp_
 def test_another_address_is_refused_while_this_process_is_connected(a_ray, tmp_path):
     with pytest.raises(ValueError, match="is connected to Ray already, got address 'auto'"):
         ray_engine.run(plan(), tmp_path / "s", 1, address="auto")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_actors_that_cannot_import_what_they_need_end_the_sweep_with_the_reason(a_ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_engine, "MODULES", ("no_such_module",))
+    with pytest.raises(RuntimeError, match="Ray lost 4 actors that had begun no job.*No module named 'no_such_module'"):
+        ray_engine.run(plan(axes={"a": [1]}), tmp_path / "s", 1)
 
 
 def at_work(folder: Path) -> list[int]:

@@ -31,9 +31,9 @@ LEVELS = {
     "plots_comparison plots_comparison_curves plots_comparison_size plots_comparison_use comparison_report "
     "comparison_tables comparison_html run_report",
     4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds prefetch sparsity_price attempts "
-    "retry_rules sweep sweep_pace workers ray_engine sparsity pruning_grid weight_pruning external_results "
-    "comparison comparison_config comparison_data comparison_answers comparison_pace comparison_results "
-    "model_card migration interviews",
+    "retry_rules sweep sweep_pace workers ray_engine ray_connection sparsity pruning_grid weight_pruning "
+    "external_results comparison comparison_config comparison_data comparison_answers comparison_pace "
+    "comparison_results model_card migration interviews",
     3: "heads facts training trainer answer_cache evaluation optimization preparation checkpoints sparse_lora "
     "masked_adapters mask_sets calibration mask_choice masked_training cerebras label_answers baselines "
     "analysis selection journal pretrain pretrain_measure lmeval",
