@@ -123,6 +123,9 @@ def show_comparison(result: dict) -> str:
             lines.append(result[part]["sentence"])
     if result["budget"]:
         lines.append(result["budget"]["text"])
+    if merged := result.get("merged"):
+        where = f"models/{merged['key']}/merged, a whole model in {merged.get('dtype')}"
+        lines.append(f"merged {where}" if "error" not in merged else f"not merged, adapters alone: {merged['error']}")
     broken = [
         Fact(**{k: v for k, v in fact.items() if k != "model"}).line() for fact in result["facts"] if not fact["ok"]
     ]

@@ -50,6 +50,33 @@ def prune_weights() -> Callable:
     return with_options(command, [*options_of(WeightPruningConfig), out, keyword("json", Json, False)])
 
 
+def merge() -> Callable:
+    def command(
+        folder: Annotated[Path, typer.Argument(metavar="DIR", help="model folder of adapters, from qlora or PEFT")],
+        out: Annotated[Path, typer.Option(help="new folder for the whole model")],
+        device: Annotated[str | None, typer.Option(help="None = the fastest that is here")] = None,
+        json: Json = False,
+    ) -> None:
+        def work() -> dict:
+            from nbhelpers import merging
+
+            result = merging.merge(folder, out, device=device)
+            if not result["all_facts_hold"]:
+                raise Violation(result)
+            return result
+
+        carry_out(work, show_merged, json)
+
+    return command
+
+
+def show_merged(result: dict) -> str:
+    from nbhelpers.facts import Fact
+
+    size = f"{result['parameters']:,} parameters in {result['dtype']}, {result['bytes'] / 1e6:,.1f} MB"
+    return "\n".join([size, *(Fact(**fact).line() for fact in result["facts"]), f"model  {result['model_dir']}"])
+
+
 def show_weight_pruning(result: dict) -> str:
     """The run for people: a line a stage, the verdict, what went and what that gave, the facts, where it lies."""
     from nbhelpers.facts import Fact

@@ -7,12 +7,14 @@ same prompts is not asked again.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbhelpers import (
+    adapters,
     answer_cache,
     baselines,
     break_even,
@@ -22,6 +24,8 @@ from nbhelpers import (
     comparison_pace,
     comparison_results,
     estimates,
+    memory,
+    merging,
     model_card,
     models,
     predictions,
@@ -33,9 +37,10 @@ from nbhelpers.comparison_answers import Answers, Asking, Tuning
 from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig, seconds_of
 from nbhelpers.comparison_data import ComparisonData
 from nbhelpers.dialogues import Dialogue
+from nbhelpers.errors import one_line
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 
-RESULTS = "results.json"
+RESULTS, MERGED = "results.json", "merged"
 INTERIM_EVERY = 25  # answers between two interim verdicts
 
 
@@ -76,6 +81,7 @@ class Comparison:
             made._carry_out()
             result = comparison_results.result(on, made.answers, made.phases, made.curve, made.chosen)
             result["run_dir"] = str(tracker.run_dir)
+            made._merge_the_best(result)
             records.write_json(tracker.run_dir / RESULTS, records.plain(result["models"]))
             tracker.finish(result)
         made._write_cards(result)
@@ -208,19 +214,47 @@ class Comparison:
             seconds += len(self.on.train) * self.on.epochs * rates["training_seconds"][side]
         return seconds
 
+    def _merge_the_best(self, result: dict[str, Any]) -> None:
+        """The best small model as a whole one, where this run has tuned it in 4 bits and so keeps adapters of it.
+
+        Where memory or disk ends the adapters stand alone, and the result says so.
+        """
+        tuned = {key: self._right(key) for key in self.answers if key.startswith("SLM_") and key.endswith("_finetuned")}
+        best = verdicts.best(tuned) if tuned else ""
+        folder = self.tracker.run_dir / "models" / best
+        if not (folder / "model" / adapters.CONFIG).is_file():
+            return
+        self._tell("merging", key=best)
+        shutil.rmtree(folder / MERGED, ignore_errors=True)  # of an attempt that was killed
+        try:
+            found = merging.merge(folder / "model", folder / MERGED, device=self.config.device)
+        except Exception as error:
+            if not memory.is_oom(error) and not isinstance(error, OSError):
+                raise
+            found = {"error": one_line(error)}
+            self.tracker.event("merging_failed", **found)
+        else:
+            result["facts"] += [fact | {"model": best} for fact in found.pop("facts")]
+            result["all_facts_hold"] = all(fact["ok"] for fact in result["facts"])
+        result["merged"] = {"key": best} | found
+        right = tuned[best]
+        self._tell("answered", key=best, right=sum(right), total=len(right), came=self.answers[best].came)
+
     def _write_cards(self, result: Mapping[str, Any]) -> None:
         """A model card beside each tuned model that this run has made."""
         manifest = records.read_json(self.tracker.run_dir / "manifest.json")
         for side, members in self.config.sides.items():
             for model in members:
                 key = f"{side}_{model.short}_finetuned"
-                folder = self.tracker.run_dir / "models" / key / "model"
-                if key in result["models"] and folder.is_dir():
-                    prompts = self.on.prompts(model)
-                    written = prompts.text(model_card.DIALOGUE)
-                    model_card.write(
-                        result, manifest, key, folder, prompt=written, special_tokens=not prompts.chat, end=prompts.end
-                    )
+                for name in ("model", MERGED):
+                    folder = self.tracker.run_dir / "models" / key / name
+                    if key in result["models"] and folder.is_dir():
+                        prompts = self.on.prompts(model)
+                        if name == MERGED:
+                            prompts.save(folder)
+                        written = prompts.text(model_card.DIALOGUE)
+                        how = {"special_tokens": not prompts.chat, "end": prompts.end}
+                        model_card.write(result, manifest, key, folder, prompt=written, **how)
 
     # break-even ---------------------------------------------------------------------------------------------------
 

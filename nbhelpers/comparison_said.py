@@ -131,6 +131,8 @@ def left(result: Mapping[str, Any]) -> str:
     """What a run leaves: its page, its numbers, its tuned models, below the run that tuned them."""
     run_dir = Path(result["run_dir"])
     tuned = [f"models/{key}/model" for key, entry in result["models"].items() if entry.get("model_dir")]
+    merged = result.get("merged") or {}
+    tuned += [f"models/{merged['key']}/merged"] if "model_dir" in merged else []
     found = {"run": run_dir.name, "report": comparison_report.NAME, "numbers": RESULTS}
     return "\n".join([*(f"{what:<8}{name}" for what, name in found.items()), *(f"{'model':<8}{one}" for one in tuned)])
 

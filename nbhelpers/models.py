@@ -280,13 +280,19 @@ def mend_4bit_on_cpu(model: nn.Module) -> None:
 
 
 def _linear_4bit(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """The layer with its weights dequantised as one row, in which blocks lie one after another."""
+    return nn.functional.linear(inputs, dequantised(module).to(inputs.dtype), module.bias)
+
+
+def dequantised(module: nn.Module) -> torch.Tensor:
+    """(out, in): what the packed weight of a 4-bit layer stands for, in the type it computes with.
+
+    Unpacked as one row, in which blocks lie one after another.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
     state = copy.copy(module.weight.quant_state)
     shape, state.shape = state.shape, torch.Size([state.shape.numel()])
-    weight = dequantize_4bit(module.weight.data, state).view(shape)
-    return nn.functional.linear(inputs, weight.to(inputs.dtype), module.bias)
+    return dequantize_4bit(module.weight.data, state).view(shape)
 
 
 @contextmanager

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
-from nbhelpers import comparison_answers, comparison_data, generated, generated_dialogues, models, prompts
+from nbhelpers import (
+    comparison_answers,
+    comparison_data,
+    comparison_said,
+    generated,
+    generated_dialogues,
+    merging,
+    models,
+    prompts,
+)
+from nbhelpers.commands_comparison import show_comparison
 from nbhelpers.comparison import Comparison
 from nbhelpers.comparison_config import ComparisonConfig
+from nbhelpers.runs import read_run
 from nbhelpers.tracking import Interrupted
 
 CANARY = "zanzibar-canary-7"
@@ -149,6 +161,50 @@ def test_the_tuned_model_loads_in_plain_transformers(done):
     folder = done[1]["models"]["SLM_tiny-llama_finetuned"]["model_dir"]
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     assert sum(parameter.numel() for parameter in model.parameters()) == 430_944
+
+
+@pytest.fixture(scope="session")
+def in_4_bits(dialogues_file, tmp_path_factory):
+    """The result of a small model tuned in 4 bits, twice: the second one's answers come from before."""
+    pytest.importorskip("bitsandbytes")
+    root, small = tmp_path_factory.mktemp("in_4_bits"), [{"name": "tiny-llama", "load_in_4bit": True}]
+    asked = config(dialogues_file, experiment="training", slm_models=small, max_eval_samples=6)
+    return [Comparison.run(asked, root=root) for _ in range(2)]
+
+
+def test_the_best_small_model_is_handed_over_whole_where_it_was_tuned_in_4_bits(in_4_bits):
+    from transformers import AutoModelForCausalLM
+
+    result, key = in_4_bits[0], "SLM_tiny-llama_finetuned"
+    assert result["merged"]["key"] == key and result["all_facts_hold"], result["facts"]
+    assert "merged_model_computes_the_same" in {fact["name"] for fact in result["facts"]}
+    folder = Path(result["run_dir"]) / "models" / key / "merged"
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 430_944
+    card = (folder / "README.md").read_text()
+    assert "a whole model, for plain transformers" in card and "AutoModelForCausalLM.from_pretrained" in card
+    assert "models.load_model('.')" in (folder.parent / "model" / "README.md").read_text()
+    assert comparison_said.left(result).endswith(f"models/{key}/merged")
+
+
+def test_a_run_whose_answers_come_from_before_merges_nothing_and_has_the_same_results(in_4_bits):
+    assert "merged" not in in_4_bits[1] and results(in_4_bits[0]) == results(in_4_bits[1])
+
+
+def test_where_the_disk_is_full_the_adapters_stand_alone_and_it_is_said(dialogues_file, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+
+    def full(*_, **__):
+        raise OSError("cannot write model folder: No space left on device")
+
+    monkeypatch.setattr(merging, "merge", full)
+    small = [{"name": "tiny-llama", "load_in_4bit": True}]
+    asked = config(dialogues_file, experiment="training", slm_models=small, max_eval_samples=6)
+    result = Comparison.run(asked, root=tmp_path)
+    assert "No space left on device" in result["merged"]["error"]
+    assert (Path(result["run_dir"]) / "models" / result["merged"]["key"] / "model" / "adapter_config.json").is_file()
+    assert "not merged, adapters alone: cannot write model folder" in show_comparison(result)
+    assert [event["kind"] for event in read_run(result["run_dir"]).events].count("merging_failed") == 1
 
 
 def test_no_dialogue_stands_in_what_a_run_leaves(done):

@@ -35,7 +35,7 @@ LEVELS = {
     "external_results comparison comparison_config comparison_data comparison_answers comparison_pace "
     "comparison_results model_card migration interviews",
     3: "heads facts training trainer answer_cache evaluation optimization preparation checkpoints sparse_lora "
-    "masked_adapters mask_sets calibration mask_choice masked_training cerebras label_answers baselines "
+    "masked_adapters merging mask_sets calibration mask_choice masked_training cerebras label_answers baselines "
     "analysis selection journal pretrain pretrain_measure lmeval",
     2: "evaluate scoring generation tasks answers importance sparsegpt layer_inputs masks mask_files mask_statistics "
     "mask_patterns mask_selection shared_models channels dialogues label_split prompts coding_metrics verdicts "
