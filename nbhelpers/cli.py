@@ -19,7 +19,7 @@ COMMANDS = {
     "prune-heads": ("close attention heads, fine-tune, and say what it cost", "commands.prune_heads"),
     "prune-weights": ("mask weights or remove MLP channels, and say what it cost", "commands_training.prune_weights"),
     "finetune": ("fine-tune a model, wholly or by LoRA; resumes after a kill", "commands_training.finetune"),
-    "merge": ("make adapters of a 4-bit model a whole model for plain transformers", "commands_training.merge"),
+    "merge": ("a model tuned in 4 bits, as a whole one", "commands_training.merge"),
     "evaluate": ("BoolQ, HellaSwag, GSM8K, as the harness scores them", "commands_evaluation.evaluate"),
     "generate": ("let a model continue a text", "commands.generate"),
     "notebooks run": ("execute notebooks headless and collect what they found", "commands.notebooks_run"),
