@@ -37,7 +37,7 @@ nbval: .venv/.installed  ## compare the committed notebooks with a fresh executi
 	$(if $(NOTEBOOKS),HF_HUB_OFFLINE=1 NBHELPERS_HEADLESS=1 $(BIN)/python -m pytest -q $(NBVAL) $(NOTEBOOKS),@echo "no notebooks yet")
 
 test-slow: .venv/.installed $(COLAB)/.installed  ## the slow tier, then the unit tests under Colab's versions
-	NBHELPERS_REQUIRE_LMEVAL=1 $(BIN)/python -m pytest -q -m "slow and not soak"
+	NBHELPERS_REQUIRE_LMEVAL=1 $(BIN)/python -m pytest -q -m "slow and not soak" -n $(WORKERS) --dist loadfile
 	NBHELPERS_REQUIRE_BROWSER=0 OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest $(UNIT)
 	$(COLAB)/bin/python -m pytest -q -m "slow and not soak" tests/test_colab_stack.py
 
