@@ -7,8 +7,8 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180 --nbval-sanitize-w
 # unit tests run in this many processes, each test file in one of them, each process with one thread
 WORKERS ?= 2
 UNIT := -q -m "not slow and not soak" -n $(WORKERS) --dist loadfile
-# two threads per process at most: tests, kernels and workers run beside each other
-export OMP_NUM_THREADS ?= 2
+# one thread a process: two make the bundled models slower, and tests, kernels and workers run beside each other
+export OMP_NUM_THREADS ?= 1
 # threads that wait sleep: on a busy machine spinning ones make small models many times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
@@ -31,14 +31,14 @@ check: .venv/.installed  ## style only: formatting and lint
 	$(BIN)/ruff check .
 
 unit: .venv/.installed  ## unit tests without the slow tier
-	NBHELPERS_REQUIRE_LMEVAL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(UNIT)
+	NBHELPERS_REQUIRE_LMEVAL=1 $(BIN)/python -m pytest $(UNIT)
 
 nbval: .venv/.installed  ## compare the committed notebooks with a fresh execution, cell by cell
 	$(if $(NOTEBOOKS),HF_HUB_OFFLINE=1 NBHELPERS_HEADLESS=1 $(BIN)/python -m pytest -q $(NBVAL) $(NOTEBOOKS),@echo "no notebooks yet")
 
 test-slow: .venv/.installed $(COLAB)/.installed  ## the slow tier, then the unit tests under Colab's versions
 	NBHELPERS_REQUIRE_LMEVAL=1 $(BIN)/python -m pytest -q -m "slow and not soak" -n $(WORKERS) --dist loadfile
-	NBHELPERS_REQUIRE_BROWSER=0 OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest $(UNIT)
+	NBHELPERS_REQUIRE_BROWSER=0 $(COLAB)/bin/python -m pytest $(UNIT)
 	$(COLAB)/bin/python -m pytest -q -m "slow and not soak" tests/test_colab_stack.py
 
 notebooks: .venv/.installed  ## execute the notebooks again and store them with their outputs
@@ -53,6 +53,7 @@ screenshots: .venv/.installed  ## take the pictures of docs/images again (needs 
 models: .venv/.installed  ## train the bundled tiny models again
 	$(BIN)/python -m nbhelpers.pretrain
 
+bench: export OMP_NUM_THREADS = 2
 bench: .venv/.installed  ## side-by-side measurements against peers, one after the other
 	@set -e; for file in $(filter-out benchmarks/soak.py benchmarks/soak_sweep.py benchmarks/sweep_demo.py benchmarks/comparison_demo.py,$(wildcard benchmarks/[a-z]*.py)); do [ -f "$$file" ] || { echo "no benchmarks yet"; break; }; \
 	  echo "== $$file"; $(BIN)/python "$$file"; done

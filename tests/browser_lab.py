@@ -32,7 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "01_pruning.ipynb"
 FINE_TUNING = ROOT / "notebooks" / "02_fine_tuning.ipynb"
 ANALYSIS = ROOT / "notebooks" / "05_analysis.ipynb"
+SWEEP = ROOT / "notebooks" / "03_sparse_sweep.ipynb"
+COMPARISON = ROOT / "notebooks" / "04_llm_vs_slm.ipynb"
 PICTURED = {"": NOTEBOOK, "fine_tuning-": FINE_TUNING}  # what the names of a notebook's pictures begin with
+PICTURED_AT_THE_END = {"sweep-": SWEEP, "comparison-": COMPARISON}
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
     "--no-sandbox",  # root in a container
@@ -554,13 +557,17 @@ class LabPage:
 
 
 def take_screenshots(
-    folder: Path, widths: tuple[int, ...] = (1280, 800), notebook: Path = NOTEBOOK, prefix: str = ""
+    folder: Path,
+    widths: tuple[int, ...] = (1280, 800),
+    notebook: Path = NOTEBOOK,
+    prefix: str = "",
+    moments: tuple[str, ...] = ("form", "running", "finished"),
 ) -> list[Path]:
     """{prefix}{form,running,finished}-<width>.png of a notebook's panel before, during and after its default run."""
     taken = []
 
     def shoot(moment: str) -> None:
-        for width in widths:
+        for width in widths if moment in moments else ():
             page.set_width(width)
             taken.append(page.screenshot(Path(folder) / f"{prefix}{moment}-{width}.png", ".nbh-panel"))
 
@@ -571,9 +578,10 @@ def take_screenshots(
         shoot("form")
         page.watch_pictures()
         page.press("nbh-run")
-        until("half of a training", lambda: _is_half_way(page.status()), START_SECONDS)
+        if "running" in moments:
+            until("half of a training", lambda: _is_half_way(page.status()), START_SECONDS)
         shoot("running")
-        page.wait_status("finished")
+        page.wait_status("finished", seconds=900)
         shoot("finished")
     return taken
 
@@ -601,10 +609,12 @@ if __name__ == "__main__":
     if problem := missing_browser():
         sys.exit(problem)
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
-    chosen = sys.argv[2:] or [*PICTURED, "analysis-"]
+    chosen = sys.argv[2:] or [*PICTURED, *PICTURED_AT_THE_END, "analysis-"]
     for prefix in chosen:
         if prefix == "analysis-":
             print(*take_analysis_screenshots(target), sep="\n")
-            continue
-        for picture in take_screenshots(target, notebook=PICTURED[prefix], prefix=prefix):
-            print(picture)
+        elif prefix in PICTURED:
+            print(*take_screenshots(target, notebook=PICTURED[prefix], prefix=prefix), sep="\n")
+        else:
+            found = {"notebook": PICTURED_AT_THE_END[prefix], "prefix": prefix, "moments": ("finished",)}
+            print(*take_screenshots(target, **found), sep="\n")

@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from browser_lab import ROOT, STEP_SECONDS, Lab, need_browser, open_lab, until
+from browser_lab import COMPARISON, STEP_SECONDS, Lab, need_browser, open_lab, until
 from test_browser import RUN_SECONDS
 
-COMPARISON = ROOT / "notebooks" / "04_llm_vs_slm.ipynb"
 VALUES = 'max_eval_samples, epochs, more = 32, 1, {"max_train_samples": 96, "latency_requests": 2}'
 QUICK = {"before": "ComparisonPanel(", "cell": VALUES}  # what papermill would put in
 pytestmark = pytest.mark.slow

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser_lab import ROOT, STEP_SECONDS, Lab, need_browser, open_lab, until
+from browser_lab import STEP_SECONDS, SWEEP, Lab, need_browser, open_lab, until
 from test_browser import RUN_SECONDS
 
 from nbhelpers import sweep
 from nbhelpers.ledger import Ledger
 
-SWEEP = ROOT / "notebooks" / "03_sparse_sweep.ipynb"
 VALUES = 'models, tasks, methods, steps, limit = "tiny-gpt2", "boolq", "unstructured", 40, 20'
 QUICK = {"before": "SweepPanel(", "cell": VALUES}  # what papermill would put in: 6 rows, 5 jobs
 pytestmark = pytest.mark.slow
