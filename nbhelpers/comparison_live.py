@@ -209,7 +209,7 @@ def _table(result: Mapping[str, Any], doing: Mapping[str, str], fewer: list[dict
     parts: dict[str, list[dict]] = {}
     for key, entry in plots_comparison.ordered(result).items():
         row = _row(
-            _named(entry, result),
+            plots_comparison.short(entry),
             looks[key]["color"],
             entry.get(measure),
             plots_comparison.interval(entry, measure),
@@ -222,14 +222,6 @@ def _table(result: Mapping[str, Any], doing: Mapping[str, str], fewer: list[dict
         parts[FEWER] = fewer
     shown = [{"heading": heading, "rows": rows} for heading, rows in parts.items()]
     return TABLE.render(parts=shown, measure=NAMES[measure], more=more, note=note)
-
-
-def _named(entry: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """An entry's model, of an ensemble its two models."""
-    if entry["model_type"] != "ENSEMBLE" or not result.get("ensemble"):
-        return plots_comparison.short(entry)
-    both = [result["models"][result["ensemble"][side]] for side in ("large", "small")]
-    return " + ".join(map(plots_comparison.short, both))
 
 
 def _row(

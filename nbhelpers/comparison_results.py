@@ -239,7 +239,9 @@ def _ensemble(on: ComparisonData, answered: Mapping[str, Answers]) -> dict[str, 
             f"Together, {verdicts.name(best[0])} counts {weight:.0%} and {verdicts.name(best[1])} {1 - weight:.0%}, "
             f"chosen on {len(on.validation)} validation dialogues."
         ),
-        "answers": Answers({"test": lines}, {"test": scores}, {"info": {"weight": weight}}),
+        "answers": Answers(
+            {"test": lines}, {"test": scores}, {"info": {"weight": weight}, "model": {"name": " + ".join(short)}}
+        ),
     }
 
 

@@ -304,5 +304,7 @@ def _bar(axes, y: float, cell: Mapping[str, Any], color: str) -> float:
 
 
 def legend_above(figure: Figure, handles: Sequence[Line2D], columns: int, **more: Any) -> None:
+    """Read row by row, where matplotlib would go down the columns."""
     look = {"frameon": False, "fontsize": 9, "handlelength": 1.4} | more
+    handles = [handles[at] for at in sorted(range(len(handles)), key=lambda at: (at % columns, at // columns))]
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, **look)

@@ -96,6 +96,7 @@ def test_results_have_an_entry_for_each_state_and_baseline(done):
         "BASELINE_tfidf_linear",
         "ENSEMBLE_small-llama_tiny-llama",
     }
+    assert results(result)["ENSEMBLE_small-llama_tiny-llama"]["model"] == "small-llama + tiny-llama"
 
 
 def test_an_entry_says_what_it_is_and_what_was_measured(done):

@@ -6,7 +6,10 @@ import math
 
 import planted_comparison as planted
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from nbhelpers import comparison_html, plots, plots_comparison, plots_comparison_curves, plots_comparison_size
@@ -250,3 +253,13 @@ def test_a_name_with_dollars_is_no_formula_and_a_long_one_is_cut():
 )
 def test_numbers_for_people_are_short_and_round(said, wanted):
     assert said == wanted
+
+
+@pytest.mark.parametrize("names, columns", [("abcd", 3), ("abcde", 2), ("abc", 5)])
+def test_a_legend_is_read_row_by_row(names, columns):
+    figure = Figure()
+    plots_comparison.legend_above(figure, [Line2D([], [], label=name) for name in names], columns)
+    [legend] = figure.legends
+    FigureCanvasAgg(figure).draw()
+    places = {text.get_text(): text.get_window_extent().p0 for text in legend.get_texts()}
+    assert sorted(places, key=lambda name: (-round(places[name][1] / 6), places[name][0])) == list(names)
