@@ -32,7 +32,7 @@ ALONE, LIBRARIES = "nbhelpers, each cell alone", "libraries, each cell alone"
 WAYS = (SWEEP, WORKERS, ALONE, LIBRARIES)
 PLAN, TASK, MODEL = "plans/sparsity_12.yaml", "hellaswag", "tiny-llama"
 ROUNDS, SHARE, OVERHEAD = 2, 1 / 3, 0.10  # what was promised: a third of the time, 10 % of a job
-COMMAND = "python benchmarks/sweep.py --readme README.md"
+COMMAND = "python benchmarks/sweep.py --rounds {rounds} --readme README.md"
 MARK = "<!-- sweep: made by benchmarks/sweep.py -->"
 
 
@@ -247,7 +247,8 @@ def markdown(found: dict) -> str:
             f"process: {machine['threads']}, torch {machine['torch']}, transformers {machine['transformers']}, peft "
             f"{machine['peft']}. The libraries are transformers, torch.nn.utils.prune, Trainer + peft and "
             "lm-evaluation-harness. Made by "
-            f"`{COMMAND}`; all numbers are in [benchmarks/results/sweep.json](benchmarks/results/sweep.json)."
+            f"`{COMMAND.format(rounds=found['rounds'])}`; all numbers are in "
+            "[benchmarks/results/sweep.json](benchmarks/results/sweep.json)."
         ),
         "",
         f"| way | seconds, by round | of the time of {ALONE} | of {LIBRARIES} | accuracy of the tuned cells, mean |",

@@ -38,6 +38,7 @@ from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig, s
 from nbhelpers.comparison_data import ComparisonData
 from nbhelpers.dialogues import Dialogue
 from nbhelpers.errors import one_line
+from nbhelpers.prompts import FILE as PROMPT
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 
 RESULTS, MERGED = "results.json", "merged"
@@ -228,6 +229,7 @@ class Comparison:
         shutil.rmtree(folder / MERGED, ignore_errors=True)  # of an attempt that was killed
         try:
             found = merging.merge(folder / "model", folder / MERGED, device=self.config.device)
+            shutil.copy(folder / "model" / PROMPT, folder / MERGED)
         except Exception as error:
             if not memory.is_oom(error) and not isinstance(error, OSError):
                 raise
@@ -250,8 +252,6 @@ class Comparison:
                     folder = self.tracker.run_dir / "models" / key / name
                     if key in result["models"] and folder.is_dir():
                         prompts = self.on.prompts(model)
-                        if name == MERGED:
-                            prompts.save(folder)
                         written = prompts.text(model_card.DIALOGUE)
                         how = {"special_tokens": not prompts.chat, "end": prompts.end}
                         model_card.write(result, manifest, key, folder, prompt=written, **how)

@@ -7,7 +7,6 @@ anew from the answers.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -358,8 +357,6 @@ def _tune(asking: Asking, model, folder: Path, tell, should_stop) -> dict[str, A
 
 def _save(model, prompts: Prompts, folder: Path, tuning: Tuning, tuned: Mapping[str, Any]) -> dict[str, Any]:
     """Save the tuned model with its prompts, then see whether what was saved computes the same."""
-    from transformers import AutoModelForCausalLM
-
     place, first = folder / "model", tuning.train[0]
     row = prompts.row(first.text, first.labels[0])
     shutil.rmtree(place, ignore_errors=True)
@@ -369,18 +366,6 @@ def _save(model, prompts: Prompts, folder: Path, tuning: Tuning, tuned: Mapping[
     records.write_json(folder / "training.json", records.plain(tuned))  # from here on a kill loses no tuning
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     device = str(next(model.parameters()).device)
-    adapted = not (place / "config.json").is_file()
-    if adapted:
-        again = models.load_model(str(place), device=device, dtype="stored").model
-    else:
-        again = AutoModelForCausalLM.from_pretrained(place, dtype="auto", local_files_only=True).to(device).eval()
-    apart = float((facts.logits(again, [row]) - before).abs().max() / before.abs().max())
-    memory.release(again)
-    allowed = facts.tolerance(model)
-    return facts.Fact(
-        name="saved_model_is_the_same",
-        ok=math.isfinite(apart) and apart <= allowed,
-        says="what was saved computes the same" + ("" if adapted else ", in plain transformers"),
-        saw=f"largest difference of logits {apart:.1e} of the largest",
-        values={"difference": apart, "allowed": allowed},
-    ).as_dict()
+    says, allowed = "what was saved computes the same", facts.tolerance(model)
+    fact = facts.saved_logits_are_the_same("saved_model_is_the_same", says, place, row, before, device, allowed)
+    return fact.as_dict()

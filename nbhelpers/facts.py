@@ -6,7 +6,8 @@ the code that it checks, and says OK or FAILED with the number it saw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -284,6 +285,39 @@ def _same_loss(name: str, says: str, load: Callable[[], nn.Module], rows, nll: f
         again = evaluate.perplexity(model, rows, should_stop=should_stop).nll
         ok = abs(again - nll) <= tolerance(model) * max(1.0, abs(nll))
     return Fact(name, ok, says, f"nll {again:.6f} against {nll:.6f}", {"nll": again, "expected": nll})
+
+
+def saved_logits_are_the_same(
+    name: str,
+    says: str,
+    folder: str | Path,
+    row: Mapping[str, torch.Tensor],
+    before: torch.Tensor,
+    device: str,
+    allowed: float,
+) -> Fact:
+    """A saved model's logits of one row beside those `before` it was saved, as a share of the largest.
+
+    Loaded by plain transformers; by load_model where the folder holds adapters, or a model with parts removed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    plain = adapters.base_of(folder) is None and not (Path(folder) / compact.RECORD_FILE).exists()
+
+    def load() -> nn.Module:
+        if plain:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
+        return models.load_model(str(folder), device=device, dtype="stored").model
+
+    with memory.loaded(load) as model:
+        apart = float((logits(model, [row]) - before).abs().max() / before.abs().max())
+    return Fact(
+        name,
+        math.isfinite(apart) and apart <= allowed,
+        says + ", in plain transformers" * plain,
+        f"largest difference of logits {apart:.1e} of the largest",
+        {"difference": apart, "allowed": allowed},
+    )
 
 
 def loss_is_the_models_own(check: dict[str, float], packing: str) -> Fact:

@@ -8,7 +8,6 @@ is often done, gives another model: they are not the ones that the adapters were
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbhelpers import attention, compact, facts, masked_adapters, memory, models
+from nbhelpers import attention, facts, masked_adapters, memory, models
 from nbhelpers.architecture import is_supported
 
 TEXT = "The model was loaded from its folder, and this is the text on which both are compared."
@@ -58,7 +57,8 @@ def merge(
     }
     where = str(next(whole.parameters()).device)
     memory.release(whole)
-    fact = _computes_the_same(out, where, row, before, allowed)
+    name, says = "merged_model_computes_the_same", "the merged folder gives the logits of the model that was tuned"
+    fact = facts.saved_logits_are_the_same(name, says, out, row, before, where, allowed)
     return found | {"facts": [fact.as_dict()], "all_facts_hold": fact.ok}
 
 
@@ -87,25 +87,3 @@ def _write(whole: nn.Module, name: str, weight: torch.Tensor, linear: bool) -> N
         raise ValueError(f"merging {name} gives weights that are not finite: the adapters are broken, train them again")
     transposed = type(whole.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"  # it is a linear one in 4 bits
     whole.get_parameter(name).copy_(weight.t() if linear and transposed else weight)
-
-
-def _computes_the_same(
-    folder: str | Path, device: str, row: Mapping[str, torch.Tensor], before: torch.Tensor, allowed: float
-) -> facts.Fact:
-    """Whether what was written, loaded by plain transformers where that can be, gives the tuned model's logits."""
-    from transformers import AutoModelForCausalLM
-
-    plain = not (Path(folder) / compact.RECORD_FILE).exists()
-    if plain:
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device).eval()
-    else:
-        again = models.load_model(str(folder), device=device, dtype="stored").model
-    apart = float((facts.logits(again, [row]) - before).abs().max() / before.abs().max())
-    memory.release(again)
-    return facts.Fact(
-        name="merged_model_computes_the_same",
-        ok=math.isfinite(apart) and apart <= allowed,
-        says="the merged folder gives the logits of the model that was tuned" + ", in plain transformers" * plain,
-        saw=f"largest difference of logits {apart:.1e} of the largest, allowed {allowed:.0e}",
-        values={"difference": apart, "allowed": allowed},
-    )

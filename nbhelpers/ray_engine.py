@@ -197,7 +197,7 @@ class _Crew:
 
     def _look(self) -> bool:
         """Wait a moment for answers and take them; False where a job was interrupted."""
-        if self.head is not None and not answers(self.head):
+        if self._head_is_gone():
             raise _HeadGone
         self._say_where_nobody_is_ready()
         with self._only_actor_errors():
@@ -243,8 +243,11 @@ class _Crew:
             log.debug("Ray: %s", error)
             raise _HeadGone from None
 
+    def _head_is_gone(self) -> bool:
+        return self.head is not None and not answers(self.head)
+
     def _replace(self, actor: _Actor, error: Exception) -> None:
-        if self.head is not None and not answers(self.head):
+        if self._head_is_gone():
             raise _HeadGone
         if actor.job is not None:  # on another host its lease looks alive until it is stale
             self.taken_until[actor.job.id] = time.monotonic() + STALE_SECONDS + BEAT_SECONDS
@@ -280,7 +283,7 @@ class _Crew:
 
     def _dismiss(self) -> None:
         """Let the actors give back what they hold, and end them."""
-        if self.head is not None and not answers(self.head):
+        if self._head_is_gone():
             return
         with contextlib.suppress(self.ray.exceptions.RayError, ConnectionError):
             leaving = [actor.handle.leave.remote() for actor in self.idle]

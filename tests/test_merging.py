@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,26 +90,19 @@ def test_a_merged_folder_that_computes_something_else_is_reported(llama, tmp_pat
     assert not found["all_facts_hold"] and not fact["ok"] and fact["values"]["difference"] > 1e-3
 
 
-def copy(folder: Path, to: Path) -> Path:
-    to.mkdir()
-    for path in folder.iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
-    return to
-
-
 def test_what_cannot_be_merged_is_refused_and_nothing_is_written(llama, tmp_path):
     out = tmp_path / "whole"
     with pytest.raises(ValueError, match="adapter must be a local folder with adapter_config.json, got 'tiny-llama'"):
         merging.merge("tiny-llama", out)
-    eight = copy(llama, tmp_path / "eight")
+    eight = Path(shutil.copytree(llama, tmp_path / "eight"))
     write_json(eight / adapters.BASE, read_json(eight / adapters.BASE) | {"quantization": "8bit"})
     with pytest.raises(ValueError, match="belongs on 8-bit weights, which cannot be merged"):
         merging.merge(eight, out)
-    masked = copy(llama, tmp_path / "masked")
+    masked = Path(shutil.copytree(llama, tmp_path / "masked"))
     (masked / adapters.MASK).touch()
     with pytest.raises(ValueError, match="respect a mask"):
         merging.merge(masked, out)
-    broken = copy(llama, tmp_path / "broken")
+    broken = Path(shutil.copytree(llama, tmp_path / "broken"))
     tensors = load_file(broken / adapters.WEIGHTS)
     name = next(name for name in sorted(tensors) if "lora_B" in name)
     tensors[name][0, 0] = float("nan")

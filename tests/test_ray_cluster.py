@@ -19,7 +19,7 @@ import pytest
 from fake_jobs import plan
 from test_ray_engine import CODE, ROOT, needs_ray
 
-from nbhelpers import sweep
+from nbhelpers import ray_connection, sweep
 from nbhelpers.records import read_lines
 
 ENVIRON = os.environ | {"PYTHONPATH": f"{fake_jobs.TESTS}{os.pathsep}{ROOT}", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -44,10 +44,7 @@ class Cluster:
         return found
 
     def answers(self) -> bool:
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port), timeout=10).close()
-            return True
-        return False
+        return ray_connection.answers(f"127.0.0.1:{self.port}")
 
 
 def free_port() -> int:
