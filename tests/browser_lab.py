@@ -144,10 +144,13 @@ class Lab:
     def tab(self, name: str, *, width: int = 1280, height: int = 900) -> Iterator[LabPage]:
         """A tab with a notebook that is already in `root`, its kernel connected."""
         context = self.browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
+        page = LabPage(self, context.new_page(), width, height)
         try:
-            page = LabPage(self, context.new_page(), width, height)
             page.goto(name)
             yield page
+        except BaseException:
+            print("what the page said last:", *page.said(), sep="\n")
+            raise
         finally:
             context.close()
 
@@ -320,6 +323,12 @@ STATUSES = """(() => {
     };
     new MutationObserver(look).observe(document, {subtree: true, childList: true, characterData: true});
 })()"""
+# Clicks that something heard: a button that moves between mouse down and mouse up hears none, what is around both does.
+CLICKS = """(() => {
+    window.nbhClicks = 0;
+    const count = event => { window.nbhClicks += Boolean(event.target.closest?.('button, label, a, input')); };
+    document.addEventListener('click', count, {capture: true});
+})()"""
 
 
 class LabPage:
@@ -331,6 +340,7 @@ class LabPage:
         self.console: list[str] = []
         page.set_default_timeout(STEP_SECONDS * 1000)
         page.add_init_script(STATUSES)
+        page.add_init_script(CLICKS)
         page.on("dialog", lambda dialog: dialog.accept())  # "leave without saving?" of a reload
         page.on("console", lambda said: self.console.append(f"{said.type}: {said.text}"))
         page.on("pageerror", lambda error: self.console.append(f"pageerror: {error}"))
@@ -414,7 +424,7 @@ class LabPage:
             self.page.locator(".jp-Dialog").first.wait_for(timeout=3000)
         while self.page.locator(".jp-Dialog").count():
             told.append(self.page.locator(".jp-Dialog").first.inner_text())
-            self.page.locator(".jp-Dialog .jp-mod-accept").first.click()
+            self.click(self.page.locator(".jp-Dialog .jp-mod-accept").first)
         return told
 
     # ---- the panel
@@ -429,10 +439,20 @@ class LabPage:
     def status(self) -> str:
         return self.text("nbh-status")
 
+    def click(self, locator: Any) -> None:
+        """Click as a person does: again where the page moved under the mouse, which Playwright does not tell."""
+
+        def heard() -> bool:
+            before = self.page.evaluate("() => window.nbhClicks")
+            locator.click()
+            return self.page.evaluate("() => window.nbhClicks") > before
+
+        until(f"a click on {locator} is heard", heard, STEP_SECONDS)
+
     def press(self, name: str) -> None:
         """Click the button of a part (the class may sit on the button or around it)."""
         self._forget_statuses()
-        self.page.locator(f"button.{name}, .{name} button").first.click()
+        self.click(self.page.locator(f"button.{name}, .{name} button").first)
 
     def is_enabled(self, name: str) -> bool:
         return self.page.locator(f"button.{name}, .{name} button").first.is_enabled()
@@ -464,7 +484,9 @@ class LabPage:
 
     def tick(self, name: str, on: bool) -> None:
         """Set a form field's checkbox."""
-        self.page.locator(f".nbh-field-{name} input[type=checkbox]").set_checked(on)
+        box = self.page.locator(f".nbh-field-{name} input[type=checkbox]")
+        if box.is_checked() != on:
+            self.click(box)
 
     def double_click(self, name: str) -> None:
         """Two clicks before the kernel can have answered the first."""
@@ -480,7 +502,7 @@ class LabPage:
             self.press(name)
             link.wait_for(timeout=START_SECONDS * 1000)
         with self.page.expect_download(timeout=STEP_SECONDS * 3000) as offered:
-            link.click()
+            self.click(link)
         path = target / offered.value.suggested_filename
         offered.value.save_as(path)
         return path
@@ -506,6 +528,13 @@ class LabPage:
                 f"status never began with {beginnings}: {self.page.evaluate('() => window.nbhStatuses')} {shown}\n"
                 + "\n".join(self.console[-5:])
             ) from error
+
+    def said(self) -> list[str]:
+        """The last statuses and errors of the panel and lines of the console, for whoever reads of a failure."""
+        with contextlib.suppress(Exception):  # the page may be gone: then there is nothing more to say
+            shown = self.page.evaluate("() => [...window.nbhStatuses, document.querySelector('.nbh-error')?.innerText]")
+            return [line for line in (*shown[-6:], *self.cell_errors(), *self.console[-5:]) if line]
+        return self.console[-5:]
 
     def _forget_statuses(self) -> None:
         self.page.evaluate("() => { window.nbhStatuses = []; }")

@@ -197,7 +197,7 @@ def test_after_a_run_heads_are_closed_by_hand_and_nothing_is_cut_off_at_1280_and
         closed = page.page.locator(".nbh-head.nbh-closed")
         chosen = closed.count()
         assert 0 < chosen == len(runs(lab)[-1].result["pruned_heads"])
-        page.page.locator(".nbh-head:not(.nbh-closed)").first.click()
+        page.click(page.page.locator(".nbh-head:not(.nbh-closed)").first)
         until("one more head is closed", lambda: closed.count() == chosen + 1, STEP_SECONDS)
         until("it is measured", lambda: f"{chosen + 1} of" in page.text("nbh-heads"), 60)
 

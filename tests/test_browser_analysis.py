@@ -108,7 +108,7 @@ def test_a_run_that_goes_on_is_followed_until_it_ends_and_nothing_is_cut_off(pag
         box.fill(str(lab.runs))
         box.press("Enter")
     until("the run at work", lambda: "my loop" in page.text("nbh-running"), LOOK_SECONDS)
-    page.page.locator("button.nbh-follow").click()
+    page.click(page.page.locator("button.nbh-follow"))
     page.page.evaluate("() => window.nbhKernel('mine.log_metrics(train_loss=1.25)').then(() => true)")
     until("its next step", lambda: "1.25" in page.text("nbh-running"), LOOK_SECONDS)
     page.page.evaluate("""() => window.nbhKernel('mine.finish({"accuracy": 0.5})').then(() => true)""")

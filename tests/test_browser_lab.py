@@ -57,6 +57,9 @@ broken.on_click(fail)
 named(w.VBox([strategy, level, button, broken, status, named(w.HBox([live]), "nbh-live")]), "nbh-panel")
 """
 
+MOVES_UNDER_THE_MOUSE = """() => document.addEventListener('mousedown',
+    () => { document.querySelector('.nbh-panel').style.marginTop = '90px'; }, {once: true, capture: true})"""
+
 
 @pytest.fixture
 def stub(tmp_path) -> Path:
@@ -67,7 +70,7 @@ def stub(tmp_path) -> Path:
     return path
 
 
-def test_what_is_set_is_what_runs_new_pictures_are_counted_and_a_broken_handler_is_noticed(stub, tmp_path):
+def test_what_is_set_is_what_runs_a_page_that_moves_is_clicked_again_and_a_broken_handler_is_noticed(stub, tmp_path):
     """One start of JupyterLab for all claims: it is most of the time."""
     need_browser()
     began = time.monotonic()
@@ -83,6 +86,11 @@ def test_what_is_set_is_what_runs_new_pictures_are_counted_and_a_broken_handler_
             assert not page.is_enabled("nbh-run")
             assert page.wait_status("finished", seconds=30) == "finished magnitude 0.45"
             assert page.most_pictures_of_one_slot() == 5, "one before, four while it ran, none for the same bytes"
+
+            page.page.evaluate(MOVES_UNDER_THE_MOUSE)
+            page.press("nbh-run")
+            page.wait_status("running")
+            page.wait_status("finished", seconds=30)
 
             page.press("nbh-broken")
             with pytest.raises(AssertionError, match="status never began with"):

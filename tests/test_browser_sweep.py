@@ -59,7 +59,7 @@ def test_after_a_killed_kernel_the_same_cells_go_on_and_a_changed_form_adds_to_t
         assert set(before) <= set(done(lab)) and sweep.status(folder(lab))["done"] == 5
         until("the curve is drawn", page.pictures, STEP_SECONDS)
 
-        page.page.locator(".nbh-field-methods label", has_text="random").first.click()
+        page.click(page.page.locator(".nbh-field-methods label", has_text="random").first)
         until("the tiles follow", lambda: "9\ntrainings" in page.text("nbh-before"), STEP_SECONDS)
         page.press("nbh-run")
         page.wait_status("running", seconds=STEP_SECONDS)
