@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbhelpers import attention, facts, masked_adapters, memory, models
+from nbhelpers import attention, facts, masked_adapters, memory, models, quantization
 from nbhelpers.architecture import is_supported
 
 TEXT = "The model was loaded from its folder, and this is the text on which both are compared."
@@ -73,13 +73,13 @@ def _weights(tuned: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     adapted = masked_adapters.layers(tuned)
     for name, layer in adapted.items():
         if masked_adapters.is_packed(layer):
-            yield name, models.dequantised(layer.get_base_layer()).float() + masked_adapters.delta(layer), True
+            yield name, quantization.dequantised(layer.get_base_layer()).float() + masked_adapters.delta(layer), True
         else:
             yield name, masked_adapters.merged_weight(layer), False
     for path, module in tuned.named_modules():
         packed = type(module).__name__ == "Linear4bit" and not path.endswith(".base_layer")
         if packed and f"{path}.weight" not in adapted:
-            yield f"{path}.weight", models.dequantised(module), True
+            yield f"{path}.weight", quantization.dequantised(module), True
 
 
 def _write(whole: nn.Module, name: str, weight: torch.Tensor, linear: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -11,21 +10,20 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
 
 from nbhelpers import adapters, attention, catalogue, compact, records, runtime
 from nbhelpers.architecture import geometry, is_supported
+from nbhelpers.quantization import Quantization, mend_4bit_on_cpu, quantization_config
 from nbhelpers.registry import unknown
 
 BUNDLED = Path(__file__).parent / "assets" / "models"
 GATES_FILE = "head_gates.json"
 GATES_FORMAT = 1
-Quantization = Literal["8bit", "4bit"]
 DTYPES = {
     "auto": None,
     "stored": "auto",
@@ -122,7 +120,7 @@ def load_model(
     options = {"dtype": chosen, "use_safetensors": True, "local_files_only": source != "hub"}
     options |= {"ignore_mismatched_sizes": True}  # they are listed and refused below
     if quantization:
-        options |= {"quantization_config": _quantization(quantization, chosen), "device_map": {"": device}}
+        options |= {"quantization_config": quantization_config(quantization, chosen), "device_map": {"": device}}
     config = load_config(name)  # first, so that what is wrong with it is said of it
     removal = compact.load_record(location, config)
     tokenizer = load_tokenizer(name)
@@ -253,46 +251,6 @@ def _ends_texts(tokenizer) -> bool:
     """Whether it puts an end token after every text by itself."""
     ids = tokenizer("a")["input_ids"]
     return len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-
-
-def _quantization(kind: Quantization, compute: torch.dtype):
-    from transformers import BitsAndBytesConfig
-
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
-
-
-def mend_4bit_on_cpu(model: nn.Module) -> None:
-    """Let 4-bit layers compute on a CPU what their format says; on other devices nothing is changed.
-
-    Two faults of bitsandbytes 0.50 on CPUs with AVX-512: layers whose width is no multiple of their block (64) are
-    dequantised wrongly, as if blocks began anew in each row; and the first evaluation packs weights anew with rounded
-    scales, so that the model is no longer the one that was measured.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and module.weight.device.type == "cpu":
-            module.support_avx512bf16_for_cpu = False
-            if module.in_features % module.weight.quant_state.blocksize:
-                module.forward = partial(_linear_4bit, module)
-
-
-def _linear_4bit(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(inputs, dequantised(module).to(inputs.dtype), module.bias)
-
-
-def dequantised(module: nn.Module) -> torch.Tensor:
-    """(out, in): what the packed weight of a 4-bit layer stands for, in the type it computes with.
-
-    Unpacked as one row, in which blocks lie one after another.
-    """
-    from bitsandbytes.functional import dequantize_4bit
-
-    state = copy.copy(module.weight.quant_state)
-    shape, state.shape = state.shape, torch.Size([state.shape.numel()])
-    return dequantize_4bit(module.weight.data, state).view(shape)
 
 
 @contextmanager

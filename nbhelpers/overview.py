@@ -17,6 +17,8 @@ from nbhelpers.analysis import SHOWN, ExperimentAnalyzer, SeedGroup, diff_config
 from nbhelpers.collection import Experiment
 from nbhelpers.errors import is_bad_input, one_line
 from nbhelpers.ledger import Ledger
+from nbhelpers.plots_runs import strategy_color, strategy_rank
+from nbhelpers.plots_runs_settings import by_setting
 from nbhelpers.records import slug, write_atomic
 from nbhelpers.registry import unknown
 from nbhelpers.stats import digits, student_t_quantile
@@ -191,7 +193,7 @@ class Overview:
 
     def color(self, row: dict[str, Any]) -> str | None:
         """The colour that a row of the table has in the figures."""
-        return analysis_plots.strategy_color(row[self.color_by]) if self.color_by == "strategy" else None
+        return strategy_color(row[self.color_by]) if self.color_by == "strategy" else None
 
     def seeds_note(self) -> str:
         """How wide an interval is by its very number of seeds: what a reader of two seeds has to know."""
@@ -254,7 +256,7 @@ class Overview:
     def _figure(self, name: str, label: str, runs: ExperimentAnalyzer) -> plots.Figure:
         if name == "by_setting":
             generated = any(run.generated for run in runs.experiments)
-            figure = analysis_plots.by_setting(self.groups(runs), self.group_by, self.color_by, generated, label)
+            figure = by_setting(self.groups(runs), self.group_by, self.color_by, generated, label)
         elif name == "learning_curves" and not any(key for run in runs.experiments for key in run.curves):
             raise ValueError("nothing was logged along the steps")
         else:
@@ -402,7 +404,7 @@ def _in_result(run: Path, metric: str | None) -> float | None:
 
 def _sort_key(name: str, value: Any) -> tuple:
     if name == "strategy":
-        return (0, analysis_plots._rank(value), str(value))
+        return (0, strategy_rank(value), str(value))
     return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nbhelpers.analysis_plots import STRATEGY_COLORS
 from nbhelpers.plots import COLORS, _figure, _plain, _short
+from nbhelpers.plots_runs import STRATEGY_COLORS
 from nbhelpers.sparsity_results import ResultRow, coverage_said, has_failed
 
 MODES = {"sparse_to_sparse": "-", "sparse_to_dense": (0, (4, 2)), "dense": "-"}  # mode -> line style

@@ -13,7 +13,7 @@ from small_models import NAMES, VOCABULARY, WINDOW, attention_by_hand, build, id
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from nbhelpers import attention, models
+from nbhelpers import attention, quantization
 
 CLOSED = [(0, 1), (1, 0), (1, 3)]
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "opt": {"dropout": 0.0}}
@@ -456,7 +456,7 @@ def test_four_bit_weights_attend_through_gates_and_are_refused_where_columns_wou
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
     )
-    models.mend_4bit_on_cpu(model)
+    quantization.mend_4bit_on_cpu(model)
     attention.install(model)
     attention.close_heads(model, CLOSED)
     with attention.head_outputs(model) as largest:

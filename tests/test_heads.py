@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from small_models import NAMES, OUTPUT, attention_by_hand, build, ids, text_rows, zero_by_hand
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from nbhelpers import attention, heads, models
+from nbhelpers import attention, heads, models, quantization
 from nbhelpers.architecture import Geometry, geometry
 from nbhelpers.heads import STRATEGIES
 from nbhelpers.tracking import Interrupted
@@ -192,7 +192,7 @@ def test_strategies_that_read_or_plant_weights_refuse_four_bit_weights(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
     )
-    models.mend_4bit_on_cpu(model)
+    quantization.mend_4bit_on_cpu(model)
     attention.install(model)
     for call in (
         lambda: STRATEGIES["magnitude"](model, ROWS),

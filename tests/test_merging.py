@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from nbhelpers import adapters, attention, cli, facts, merging, models
+from nbhelpers import adapters, attention, cli, facts, merging, models, quantization
 from nbhelpers.records import read_json, write_json
 from nbhelpers.training import TrainingConfig, fine_tune
 
@@ -73,7 +73,7 @@ def test_the_original_weights_with_the_adapters_would_be_another_model(llama, tm
     name = "model.layers.1.mlp.up_proj.weight"
     original = models.load_model("tiny-llama", device="cpu").model.get_parameter(name)
     packed = models.load_model("tiny-llama", device="cpu", quantization="4bit").model
-    unpacked = models.dequantised(packed.get_submodule(name.removesuffix(".weight")))
+    unpacked = quantization.dequantised(packed.get_submodule(name.removesuffix(".weight")))
     lora = load_file(llama / adapters.WEIGHTS)
     up, down = (lora[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"] for part in "BA")
     config = read_json(llama / adapters.CONFIG)

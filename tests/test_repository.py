@@ -26,8 +26,9 @@ LEVELS = {
     6: "widgets panel pruning_panel staged_panel fine_tuning_panel head_map analysis_panel notebook headless "
     "selfcontained sweep_panel sweep_form sweep_cell sweep_results tick_boxes comparison_panel comparison_form "
     "comparison_live comparison_before comparison_said",
-    5: "plots analysis_plots plots_training plots_pruning report earlier selfcheck equivalents example_grid overview "
-    "overview_html sparsity_report plots_sparsity sparsity_results sparsity_answers sparsity_tables sparsity_html "
+    5: "plots plots_runs plots_runs_pruning plots_runs_curves plots_runs_settings analysis_plots plots_training "
+    "plots_pruning report earlier selfcheck equivalents example_grid overview overview_html sparsity_report "
+    "plots_sparsity sparsity_results sparsity_answers sparsity_tables sparsity_html "
     "plots_comparison plots_comparison_curves plots_comparison_size plots_comparison_use comparison_report "
     "comparison_tables comparison_html run_report",
     4: "experiments stages fine_tuning durations tryout search grid ledger jobkinds prefetch sparsity_price attempts "
@@ -41,7 +42,7 @@ LEVELS = {
     "mask_patterns mask_selection shared_models channels dialogues label_split prompts coding_metrics verdicts "
     "break_even routing costs ensemble budget",
     1: "models predictions adapters packing losses compact architecture catalogue attention data instructions "
-    "task_files memory estimates colab machine faster_layers projections masked_linear",
+    "task_files memory estimates colab machine faster_layers projections masked_linear quantization",
     0: "__init__ registry strict errors ranks records redaction runlock runlog runs collection tables tracking runtime "
     "stats curves generated generated_words generated_tasks run_config manifest linefile summaries experiment_log "
     "exports yaml_files icd10 generated_dialogues near_duplicates",
@@ -185,6 +186,7 @@ def test_a_cycle_is_found_whatever_way_its_imports_are_written():
             "matplotlib",
             {
                 *("plots", "analysis_plots", "plots_training", "plots_pruning", "plots_sparsity", "plots_comparison"),
+                *("plots_runs", "plots_runs_pruning", "plots_runs_curves", "plots_runs_settings"),
                 *("plots_comparison_curves", "plots_comparison_size", "plots_comparison_use"),
                 "comparison_html",  # the type of what it embeds
             },
@@ -209,9 +211,8 @@ def test_few_modules_alone_import(package, modules):
 def test_the_lowest_level_and_the_figures_import_heavy_packages_only_inside_functions(package):
     low = {name: text for name, text in SOURCES.items() if LEVEL.get(name) == 0}
     assert importers(low, package, outside_functions_only=True) == []
-    shown = {
-        name: text for name, text in SOURCES.items() if name in ("plots", "analysis_plots", "plots_training", "report")
-    }
+    figures = ("plots", "analysis_plots", "plots_training", "report")
+    shown = {name: text for name, text in SOURCES.items() if name in figures or name.startswith("plots_runs")}
     assert importers(shown, package) == []
 
 
