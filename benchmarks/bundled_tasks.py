@@ -14,6 +14,8 @@ import json
 import tempfile
 from pathlib import Path
 
+from _measuring import put_into
+
 TASKS = {"boolq": "acc", "hellaswag": "acc", "gsm8k": "exact_match_strict"}
 LEAST, MOST = 0.75, 0.97
 STEPS, QUICK_STEPS = 300, 2
@@ -108,8 +110,6 @@ def main() -> None:
     if writes:
         (out / "bundled_tasks.md").write_text(text)
     if options.readme:
-        from head_pruning import put_into
-
         put_into(Path(options.readme), text, MARK)
     print(text)
 

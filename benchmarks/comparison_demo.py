@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from _measuring import put_into
+
 MARK = "<!-- comparison: made by benchmarks/comparison_demo.py -->"
 COMMAND = "make compare-demo"
 PARTS = {"bundled": "examples/compare_bundled.yaml", "mts": "examples/compare_dialogue_labels.yaml"}
@@ -122,8 +124,6 @@ def main() -> None:
     section = markdown({part: parts[part] for part in PARTS if part in parts})
     (options.out / "comparison_demo.md").write_text(section, encoding="utf-8")
     if options.readme:
-        from head_pruning import put_into
-
         put_into(options.readme, section, MARK)
     print(section)
 

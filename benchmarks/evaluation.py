@@ -18,16 +18,17 @@ import io
 import json
 import logging
 import os
-import platform
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+import _measuring
+from _measuring import RESULTS, machine, publish, ratios, target, target_line
 
 SEED, VOCABULARY = 0, 50_257
 ROUNDS, MEMORY_ROUNDS = 3, 2  # speed: both in turn so often (GSM8K once less); memory: processes of each
@@ -50,6 +51,7 @@ FILES = {"hellaswag": "hellaswag_val.jsonl", "boolq": "boolq_dev.jsonl", "gsm8k"
 SHOTS = "gsm8k_train.jsonl"
 COMMAND = "python benchmarks/evaluation.py --readme README.md"
 MARK = "<!-- evaluation: made by benchmarks/evaluation.py -->"
+child = partial(_measuring.child, __file__)
 
 
 class Shape(NamedTuple):
@@ -391,21 +393,6 @@ def labels(shape: Shape, data: str | None, rounds: int, count: int = LABELS) -> 
     }
 
 
-def ratios(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Of each round, with its median, least and greatest."""
-    found = [a / b for a, b in zip(one, other, strict=True)]
-    return {"median": statistics.median(found), "low": min(found), "high": max(found)}
-
-
-def child(*job: Any) -> dict:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{job} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run_child(job: list) -> dict:
     what, shape, *rest = job
     kinds = {"speed": speed, "memory": peak_memory, "curve": curve, "labels": labels}
@@ -484,11 +471,6 @@ def targets(cells: list[dict], held: dict, ranked: dict) -> list[dict]:
     ]
 
 
-def target(what: str, sign: str, wanted: float, seen: float) -> dict:
-    met = seen >= wanted if sign == ">=" else seen <= wanted
-    return {"what": what, "sign": sign, "wanted": wanted, "seen": seen, "met": bool(met)}
-
-
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
@@ -513,7 +495,7 @@ def markdown(found: dict) -> str:
         "|---|---|---|---|---|---|",
         *(speed_line(cell) for cell in found["cells"]),
         "",
-        *(target_line(one) for one in found["targets"]),
+        *(target_line(one, wanted=".2g") for one in found["targets"]),
         "",
         (
             f"Memory above the loaded model, {held['model']}, HellaSwag, {EQUAL} contexts with a choice in a pass of "
@@ -547,11 +529,6 @@ def speed_line(cell: dict) -> str:
     )
 
 
-def target_line(one: dict) -> str:
-    limit, kept = "at least" if one["sign"] == ">=" else "at most", "met" if one["met"] else "NOT met"
-    return f"- {one['what']}: {limit} {one['wanted']:.2g} was promised, {one['seen']:.2f} measured: {kept}."
-
-
 def curve_lines(found: dict) -> list[str]:
     def row(name: str, values: list) -> list[str]:
         heads = " | ".join(str(value[0]) for value in values)
@@ -571,26 +548,6 @@ def curve_lines(found: dict) -> list[str]:
     ]
 
 
-def machine() -> dict:
-    import lm_eval
-    import torch
-    import transformers
-    from tracking import processor
-
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": "CPU",
-        "precision": "float32",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lm_eval": lm_eval.__version__,
-        "load_before": os.getloadavg(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round: does it run?")
@@ -606,7 +563,7 @@ def main() -> None:
 
     import torch
 
-    here = machine()
+    here = machine("transformers", "lm_eval", precision="float32")
     data = None if options.data is None else str(Path(options.data).resolve())
     why = "this benchmark has no run for it yet" if torch.cuda.is_available() else "no GPU here"
     found = measure(options.quick, data) | {
@@ -616,16 +573,8 @@ def main() -> None:
     }
     found = summarise(found)
     text = markdown(found)
-    out = options.out or (None if options.quick else "benchmarks/results")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "evaluation.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        (Path(out) / "evaluation.md").write_text(text)
-    if options.readme:
-        from head_pruning import put_into
-
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    out = options.out or (None if options.quick else RESULTS)
+    publish("evaluation", found, text, out, options.readme, MARK)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from _measuring import RESULTS, processor, publish
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5)
 INFORMED = ("magnitude", "entropy", "gradient", "ablation")
@@ -308,19 +309,13 @@ def _answer_gradient(found: dict) -> str:
     )
 
 
-def put_into(path: Path, text: str, mark: str = MARK) -> None:
-    """Replace what stands between the two marks."""
-    before, _, after = path.read_text().split(mark)
-    path.write_text(f"{before}{mark}\n{text}{mark}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     data = Path(os.environ.get("NBHELPERS_TEST_DATA", "data"))
     parser.add_argument("--model", default=str(data / "models" / "stories260K-hf"))
     parser.add_argument("--text", default=str(data / "tinystories.jsonl"))
     parser.add_argument("--runs", default="results/head_pruning")
-    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--out", default=RESULTS)
     parser.add_argument("--readme")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -330,15 +325,8 @@ def main() -> None:
         for number, line in enumerate(pool.map(run_cell, tasks), 1):
             print(f"{number}/{len(tasks)} {line}", flush=True)
     found = summarise(collect(options.runs), options.text)
-    found["machine"] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    text = markdown(found, COMMAND)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "head_pruning.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "head_pruning.md").write_text(text)
-    if options.readme:
-        put_into(Path(options.readme), text)
-    print(text)
+    found["machine"] = {"processor": processor(), "cores": os.cpu_count()}
+    publish("head_pruning", found, markdown(found, COMMAND), options.out, options.readme, MARK)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What do exact nested masks cost beside torch's pruning, NumPy's partition, Wanda's sort, and one read of the weights?
 
     python benchmarks/masks.py [--quick] [--rounds 3] [--out benchmarks/results] [--readme README.md]
+    pip install --no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru==0.7.3    # before it: one more peer
 
 Ten global levels of the 48 projections of a GPT-2-124M shape (random weights: only shapes count), packed in memory, no
 files. Speed: all sides in turn in one process, several rounds, wall clock and processor seconds. Memory: one process a
@@ -11,19 +12,20 @@ side. Growth: bfloat16 weights streamed from a safetensors file, one process a s
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import _measuring
+from _measuring import RESULTS, machine, publish, ratios, target, target_line
 
 SEED, ROUNDS = 0, 3
 LEVELS = [round(0.05 + 0.1 * step, 2) for step in range(10)]  # 0.05 to 0.95
@@ -31,12 +33,13 @@ ONE_LEVEL = 0.5
 WANTED_SPEED, WANTED_MEMORY, WANTED_READS = 100, 0.25, 5
 OURS, PRUNE, READ = "nbhelpers", "torch.nn.utils.prune", "one read of the weights"
 PARTITION, PARTITIONS = "np.partition per level", "np.partition, all levels in one call"
-ROWS, WANDA = "nbhelpers, by rows", "Wanda's sort, by rows"
-SIDES, SINGLE = (READ, OURS, PARTITIONS, PARTITION, PRUNE), (OURS, ROWS, WANDA)
+ROWS, WANDA, COMPRESSOR = "nbhelpers, by rows", "Wanda's sort, by rows", "llm-compressor's Wanda, by rows"
+SIDES, SINGLE = (READ, OURS, PARTITIONS, PARTITION, PRUNE), (OURS, ROWS, WANDA, COMPRESSOR)
 SIZES = (10_000_000, 30_000_000, 100_000_000, 300_000_000, 1_000_000_000)
 WIDE = (4096, 2048)  # a matrix of the growing models
 COMMAND = "python benchmarks/masks.py --readme README.md"
 MARK = "<!-- masks: made by benchmarks/masks.py -->"
+child = partial(_measuring.child, __file__)
 
 
 class Shape(NamedTuple):
@@ -136,6 +139,26 @@ def wanda(weights: Mapping[str, Any], sparsity: float) -> list:
     return found
 
 
+def layers_of(weights: Mapping[str, Any]) -> list:
+    """Each weight in a layer as a GPT-2 has it, in the same memory."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        layers = [Conv1D(weight.shape[1], weight.shape[0]) for weight in weights.values()]
+    for layer, weight in zip(layers, weights.values(), strict=True):
+        layer.weight = torch.nn.Parameter(weight)
+    return layers
+
+
+def compressor(layers: Sequence[Any], sparsity: float) -> list:
+    """llm-compressor's function, layer by layer: weights with zeros. With every input alike, a score is |w|."""
+    import torch
+    from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight
+
+    return [sparsify_weight(one, {one: torch.ones(one.weight.shape[0])}, sparsity, 0, 0) for one in layers]
+
+
 def by_rows(weights: Mapping[str, Any], sparsity: float) -> dict:
     from fractions import Fraction
 
@@ -164,6 +187,7 @@ def speed(shape: Shape, rounds: int) -> dict:
     weights = weights_of(shape)
     pruned, few = Pruned(weights), weights_of(TINY)
     ours(few, LEVELS), partition(few, LEVELS, True), wanda(few, 0.5), by_rows(few, 0.5)
+    layers = layers_of(weights) if has_compressor() else None
 
     def ten_calls() -> tuple[float, float]:
         wall = used = 0.0
@@ -185,6 +209,9 @@ def speed(shape: Shape, rounds: int) -> dict:
         ROWS: lambda: timed(lambda: by_rows(weights, ONE_LEVEL)),
         WANDA: lambda: timed(lambda: wanda(weights, ONE_LEVEL)),
     }
+    if layers is not None:
+        compressor(layers_of(few), ONE_LEVEL)
+        single[COMPRESSOR] = lambda: timed(lambda: compressor(layers, ONE_LEVEL))
     found: dict[str, list] = {name: [] for name in sides}
     alone: dict[str, list] = {name: [] for name in single}
     for number in range(rounds):
@@ -199,7 +226,12 @@ def speed(shape: Shape, rounds: int) -> dict:
         "rounds": found,
         "one_level": alone,
         "differences": differences(weights, pruned),
+        "differences_by_rows": None if layers is None else differences_by_rows(weights, layers),
     }
+
+
+def has_compressor() -> bool:
+    return importlib.util.find_spec("llmcompressor") is not None
 
 
 def differences(weights: Mapping[str, Any], pruned: Pruned) -> dict[str, int]:
@@ -218,6 +250,17 @@ def differences(weights: Mapping[str, Any], pruned: Pruned) -> dict[str, int]:
         "weights": sum(int(one.sum()) for one in differ),
         "beside_ties": sum(int((one != threshold).sum()) for one in values),
     }
+
+
+def differences_by_rows(weights: Mapping[str, Any], layers: Sequence[Any]) -> int:
+    """At half of each row: weights that our masks and llm-compressor's zeros differ on."""
+    from nbhelpers.mask_selection import kept
+
+    mine, differ = by_rows(weights, ONE_LEVEL), 0
+    for (name, weight), zeroed in zip(weights.items(), compressor(layers, ONE_LEVEL), strict=True):
+        stays = kept(mine[name].numpy(), weight.numel(), 1, 0).reshape(weight.shape)
+        differ += int((stays != (zeroed != 0).numpy()).sum())
+    return differ
 
 
 def peak_memory(shape: Shape, side: str) -> dict:
@@ -285,15 +328,6 @@ def write_weights(path: Path, numbers: int) -> int:
     return count * rows * columns
 
 
-def child(*job: Any) -> dict:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{job} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run_child(job: list) -> dict:
     what, *rest = job
     if what == "growth":
@@ -333,12 +367,6 @@ def no_room(numbers: int, folder: str) -> str | None:
 # Summing up -----------------------------------------------------------------------------------------------------------
 
 
-def ratios(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Of each round, with its median, least and greatest."""
-    found = [a / b for a, b in zip(one, other, strict=True)]
-    return {"median": statistics.median(found), "low": min(found), "high": max(found)}
-
-
 def summarise(found: dict) -> dict:
     """Medians over the rounds, ratios of each round, and which promises were kept."""
     taken = found["speed"]
@@ -372,17 +400,13 @@ def targets(taken: Mapping[str, Any], held: Mapping[str, float]) -> list[dict]:
     ]
 
 
-def target(what: str, sign: str, wanted: float, seen: float) -> dict:
-    met = seen >= wanted if sign == ">=" else seen <= wanted
-    return {"what": what, "sign": sign, "wanted": wanted, "seen": seen, "met": bool(met)}
-
-
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
 def markdown(found: dict) -> str:
     """The README's section, every number from `found`."""
     machine, taken = found["machine"], found["speed"]
+    once = taken["one_level_seconds"]
     best = min((PARTITION, PARTITIONS), key=lambda name: taken["rounds_seconds"][name][0])
     intro = (
         f"Global magnitude masks at ten sparsities ({LEVELS[0]} to {LEVELS[-1]}) of the {taken['projections']} "
@@ -399,7 +423,7 @@ def markdown(found: dict) -> str:
         "|---|---|---|---|---|---|",
         *(side_line(found, name) for name in SIDES),
         "",
-        *(target_line(one) for one in found["targets"]),
+        *(target_line(one, seen=".3g") for one in found["targets"]),
         f"- beside the best peer ({best}): {taken['beside'][best]['wall']['median']:.1f} times as fast.",
         "",
         (
@@ -408,14 +432,24 @@ def markdown(found: dict) -> str:
         ),
         "",
         f"One level, {ONE_LEVEL}: "
-        + ", ".join(f"{name} {taken['one_level_seconds'][name][0]:.2f} s" for name in SINGLE)
+        + ", ".join(f"{name} {once[name][0]:.2f} s" for name in SINGLE if name in once)
         + ".",
+        *compared_by_rows(found),
         "",
         *growth_lines(found),
         *(f"Not measured: {int(size):,} weights ({why})." for size, why in found["not_measured"].items()),
         *(f"Not compared: {name} ({why})." for name, why in found["not_compared"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def compared_by_rows(found: Mapping[str, Any]) -> list[str]:
+    """How far ours and llm-compressor's zeros agree, where it is installed."""
+    differ = found["speed"].get("differences_by_rows")
+    if differ is None:
+        return []
+    version = found["machine"]["llmcompressor"]
+    return ["", f"With llm-compressor {version}, half of each row: it and nbhelpers differ on {differ:,} weights."]
 
 
 def side_line(found: Mapping[str, Any], name: str) -> str:
@@ -428,11 +462,6 @@ def side_line(found: Mapping[str, Any], name: str) -> str:
 
 def spread(ratio: Mapping[str, float] | None) -> str:
     return "1" if ratio is None else f"{ratio['median']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]"
-
-
-def target_line(one: Mapping[str, Any]) -> str:
-    limit, kept = "at least" if one["sign"] == ">=" else "at most", "met" if one["met"] else "NOT met"
-    return f"- {one['what']}: {limit} {one['wanted']:g} was promised, {one['seen']:.3g} measured: {kept}."
 
 
 def growth_lines(found: Mapping[str, Any]) -> list[str]:
@@ -454,22 +483,6 @@ def growth_lines(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def machine() -> dict:
-    import numpy
-    import torch
-    from tracking import processor
-
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "load_before": os.getloadavg(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round: does it run?")
@@ -482,25 +495,16 @@ def main() -> None:
         print(json.dumps(run_child(json.loads(options.child))))
         return
 
-    here = machine()
-    there = importlib.util.find_spec("llmcompressor") is not None
-    why = "this benchmark has no run for it yet" if there else "it is not installed"
+    here = machine("numpy", "llmcompressor")
+    missing = {} if has_compressor() else {"llm-compressor": "it is not installed"}
     found = measure(options.quick, 1 if options.quick else options.rounds) | {
         "machine": here,
-        "not_compared": {"llm-compressor": why},
+        "not_compared": missing,
     }
     found = summarise(found)
     text = markdown(found)
-    out = options.out or (None if options.quick else "benchmarks/results")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "masks.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        (Path(out) / "masks.md").write_text(text)
-    if options.readme:
-        from head_pruning import put_into
-
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    out = options.out or (None if options.quick else RESULTS)
+    publish("masks", found, text, out, options.readme, MARK)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _measuring import RESULTS, publish
+
 LIMIT = 1e-3  # nats: what was promised for float32
 BATCH = 16
 FILES = {"boolq": "boolq_dev.jsonl", "hellaswag": "hellaswag_val.jsonl", "gsm8k": "gsm8k_test.jsonl"}
@@ -309,16 +311,8 @@ def main() -> None:
         },
         "threads": torch.get_num_threads(),
     }
-    text, out = markdown(found), options.out or (None if options.quick else "benchmarks/results")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "parity.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        (Path(out) / "parity.md").write_text(text)
-    if options.readme:
-        from head_pruning import put_into
-
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    out = options.out or (None if options.quick else RESULTS)
+    publish("parity", found, markdown(found), out, options.readme, MARK)
 
 
 if __name__ == "__main__":

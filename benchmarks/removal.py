@@ -11,11 +11,11 @@ same text between the marks in that file.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 from pathlib import Path
+
+from _measuring import RESULTS, processor, publish
 
 LEVEL, SEED = 0.5, 0
 WINDOW, BATCH = 256, 4
@@ -117,32 +117,25 @@ def main() -> None:
     data = Path(os.environ.get("NBHELPERS_TEST_DATA", "data"))
     parser.add_argument("--model", default=str(data / "models" / "stories260K-hf"))
     parser.add_argument("--text", default=str(data / "tinystories.jsonl"))
-    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--out", default=RESULTS)
     parser.add_argument("--readme")
     options = parser.parse_args()
 
     import torch
     import transformers
-    from head_pruning import put_into
 
     found = {
         "models": [summarise(row) for row in (stories(options.model, options.text), gpt2_shape())],
         "level": LEVEL,
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    text, out = markdown(found), Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "removal.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    (out / "removal.md").write_text(text)
-    if options.readme:
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    publish("removal", found, markdown(found), options.out, options.readme, MARK)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from _measuring import RESULTS, processor, publish, version
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, CHECKPOINT_EVERY, VALIDATIONS = 24, 4, 8
 TOLERANCE = 1e-5
@@ -332,7 +334,7 @@ def summarise(done: list[Case], references: dict[str, dict], seconds: float) -> 
             "processor": processor(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
-            "torch": torch_version(),
+            "torch": version("torch"),
         },
     }
 
@@ -366,20 +368,6 @@ def markdown(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def torch_version() -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version("torch")
-
-
 def write_text(path: Path) -> Path:
     """Sixty generated documents, a row each."""
     from nbhelpers import generated
@@ -390,7 +378,7 @@ def write_text(path: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--out", default=RESULTS)
     parser.add_argument("--readme")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=int, nargs="*", help="only these runs, by number")
@@ -406,15 +394,7 @@ def main() -> int:
             print(f"run {case.number}: {'; '.join(kill.doing for kill in case.kills)}: {case.found}", flush=True)
             done.append(case)
     found = summarise(done, references, time.monotonic() - began)
-    text, out = markdown(found), Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "soak.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    (out / "soak.md").write_text(text)
-    if options.readme:
-        from head_pruning import put_into
-
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    publish("soak", found, markdown(found), options.out, options.readme, MARK)
     return 0 if found["runs_ok"] == found["runs"] else 1
 
 

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from soak import environment, processor, torch_version
+from _measuring import RESULTS, processor, publish, version
+from soak import environment
 
 KILLS = 20  # in all of a kind
 A_SWEEP = 3  # of one sweep: a job that is hit oftener before its first step is given up, as retry_rules says
@@ -238,7 +239,7 @@ def markdown(found: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--out", default=RESULTS)
     parser.add_argument("--readme")
     parser.add_argument("--kills", type=int, default=KILLS, help="of each kind")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
@@ -253,19 +254,10 @@ def main() -> int:
         whole = rows(place / "whole")
         kinds = [carry_out(kind, options.kills, plan, place, whole, jobs) for kind in options.kinds]
     machine = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-    out = Path(options.out)
-    kinds = with_known(kinds, out / "soak_sweep.json")
+    kinds = with_known(kinds, Path(options.out) / "soak_sweep.json")
     found = {"kinds": kinds, "jobs": jobs, "seconds": round(sum(kind["seconds"] for kind in kinds), 1)}
-    found["machine"] = machine | {"torch": torch_version()}
-    text = markdown(found)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "soak_sweep.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    (out / "soak_sweep.md").write_text(text)
-    if options.readme:
-        from head_pruning import put_into
-
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    found["machine"] = machine | {"torch": version("torch")}
+    publish("soak_sweep", found, markdown(found), options.out, options.readme, MARK)
     return 0 if all(one["ok"] for kind in kinds for one in kind["sweeps"]) else 1
 
 

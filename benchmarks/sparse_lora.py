@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+import _measuring
+from _measuring import RESULTS, device, machine, publish, ratios, target, target_line
 
 RANK, ALPHA, KEPT, SEED = 16, 32.0, 0.5, 0
 SHAPES, TOKENS = ((1024, 1024), (4096, 11008)), (64, 256, 1024, 2048)  # (inputs, outputs); tokens of a step
@@ -32,12 +32,7 @@ SLOWER, MORE_MEMORY, SAME = 2.2, 1.3, 1e-4  # what was promised, at the most tok
 PLAIN, TEXTBOOK, OURS = "plain LoRA (peft)", "textbook masked", "nbhelpers"
 COMMAND = "python benchmarks/sparse_lora.py --readme README.md"
 MARK = "<!-- sparse_lora: made by benchmarks/sparse_lora.py -->"
-
-
-def device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+child = partial(_measuring.child, __file__)
 
 
 def now() -> float:
@@ -182,14 +177,6 @@ def peak_memory(inputs: int, outputs: int, tokens: int, name: str) -> dict:
     return {"before": before[where], "built": built[where], "peak": peak}
 
 
-def child(*job: Any) -> dict:
-    """One measurement in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{job} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run_child(job: list) -> dict:
     what, *rest = job
     return {"speed": speed, "memory": peak_memory}[what](*rest)
@@ -212,14 +199,6 @@ def measure(quick: bool) -> dict:
 
 
 # What it comes to -----------------------------------------------------------------------------------------------------
-
-
-def span(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def ratios(new: Sequence[float], old: Sequence[float]) -> dict[str, float]:
-    return span([one / other for one, other in zip(new, old, strict=True)])
 
 
 def summarise(found: dict) -> dict:
@@ -246,18 +225,15 @@ def targets(cells: list[dict], memories: list[dict]) -> list[dict]:
         return max(row["ratio"][OURS]["median"] for row in rows if row["tokens"] == most)
 
     return [
-        target(f"time of a step at {most} tokens, greatest ratio to plain LoRA", SLOWER, worst(cells)),
-        target(f"memory at {most} tokens, greatest ratio to plain LoRA", MORE_MEMORY, worst(memories)),
+        target(f"time of a step at {most} tokens, greatest ratio to plain LoRA", "<=", SLOWER, worst(cells)),
+        target(f"memory at {most} tokens, greatest ratio to plain LoRA", "<=", MORE_MEMORY, worst(memories)),
         target(
             "gradients beside the textbook's, greatest relative difference",
+            "<=",
             SAME if device() == "cpu" else 0.05,
             max(cell["gradients_differ"] for cell in cells),
         ),
     ]
-
-
-def target(what: str, wanted: float, seen: float) -> dict:
-    return {"what": what, "wanted": wanted, "seen": seen, "met": bool(seen <= wanted)}
 
 
 def markdown(found: dict) -> str:
@@ -310,31 +286,6 @@ def memory_line(row: dict) -> str:
     return f"| {row['inputs']} x {row['outputs']} | {row['tokens']} | {only} | {of(TEXTBOOK)} | {of(OURS)} |"
 
 
-def target_line(one: dict) -> str:
-    seen = f"{one['seen']:.1e}" if one["wanted"] < 0.01 else f"{one['seen']:.2f}"
-    kept = "met" if one["met"] else "NOT met"
-    return f"- {one['what']}: at most {one['wanted']:g} was promised, {seen} measured: {kept}."
-
-
-def machine() -> dict:
-    import peft
-    import torch
-    from tracking import processor
-
-    cuda = device() == "cuda"
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "precision": "bfloat16 with float32 adapters" if cuda else "float32",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "load_before": os.getloadavg(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny layer, one round: does it run?")
@@ -346,20 +297,13 @@ def main() -> None:
         print(json.dumps(run_child(json.loads(options.child))))
         return
 
-    about = {"machine": machine(), "rounds": 1 if options.quick else ROUNDS}
+    precision = "float32" if device() == "cpu" else "bfloat16 with float32 adapters"
+    about = {"machine": machine("peft", precision=precision), "rounds": 1 if options.quick else ROUNDS}
     found = summarise(measure(options.quick) | about)
     found["machine"]["load_after"] = os.getloadavg()
     text = markdown(found)
-    out = options.out or (None if options.quick else "benchmarks/results")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "sparse_lora.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        (Path(out) / "sparse_lora.md").write_text(text)
-    if options.readme:
-        from head_pruning import put_into
-
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    out = options.out or (None if options.quick else RESULTS)
+    publish("sparse_lora", found, text, out, options.readme, MARK)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _measuring import RESULTS, machine, publish
+
 SWEEP, WORKERS = "nbhelpers, one sweep", "nbhelpers, one sweep of 2 workers"
 ALONE, LIBRARIES = "nbhelpers, each cell alone", "libraries, each cell alone"
 WAYS = (SWEEP, WORKERS, ALONE, LIBRARIES)
@@ -282,25 +284,12 @@ def main() -> None:
         return
 
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are measured, and of what machine() tells
-    from training import machine
-
-    here = machine()
+    here = machine("transformers", "peft")
     rounds = 1 if options.quick else options.rounds
     with tempfile.TemporaryDirectory() as scratch:
         found = summarise(measure(options.quick, rounds, Path(scratch)) | {"machine": here, "rounds": rounds})
-    text = markdown(found)
-    if options.out or not options.quick:
-        from nbhelpers.records import write_json
-
-        out = Path(options.out or "benchmarks/results")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "sweep.json", found)
-        (out / "sweep.md").write_text(text)
-    if options.readme:
-        from head_pruning import put_into
-
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    out = options.out or (None if options.quick else RESULTS)
+    publish("sweep", found, markdown(found), out, options.readme, MARK)
 
 
 if __name__ == "__main__":

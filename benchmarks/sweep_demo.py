@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _measuring import put_into
+
 PLAN = "plans/sparsity_360.yaml"
 LEAST, MOST = 0.75, 0.97  # accuracy of the tuned dense model: room on both sides
 NEAR = 0.15  # of chance, before tuning, at the highest sparsity
@@ -171,8 +173,6 @@ def main() -> None:
     text = markdown(json.loads((out / "sweep_demo.json").read_text()))
     (out / "sweep_demo.md").write_text(text)
     if options.readme:
-        from head_pruning import put_into
-
         put_into(Path(options.readme), text, MARK)
     print(text)
 

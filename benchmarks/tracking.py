@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import signal
@@ -24,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from _measuring import RESULTS, processor, publish
 
 CALLS, BLOCK, WARM = 2000, 100, 100
 KILLED_AFTER = (1, 100, 1000)
@@ -229,18 +230,10 @@ def markdown(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--victim", nargs=3, metavar=("TOOL", "FOLDER", "N"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--out", default=RESULTS)
     parser.add_argument("--readme")
     options = parser.parse_args()
     if options.victim:
@@ -261,15 +254,7 @@ def main() -> None:
             "load_before": load,
         },
     }
-    text, out = markdown(found), Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tracking.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    (out / "tracking.md").write_text(text)
-    if options.readme:
-        from head_pruning import put_into
-
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    publish("tracking", found, markdown(found), options.out, options.readme, MARK)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
+
+import _measuring
+from _measuring import RESULTS, device, machine, publish, ratios, target, target_line
 
 BATCH, SEED, RANK, ALPHA, LEARNING_RATE, WARMUP_SHARE = 8, 0, 8, 16.0, 1e-3, 0.05
 STEPS, WARM, ROUNDS = 8, 2, 3  # steps of a run, those at its start that are not timed, rounds of runs in turn
@@ -35,6 +34,7 @@ PLAIN, UNPACKED, PACKED = "Trainer + peft", "nbhelpers, no packing", "nbhelpers"
 DATA = {"boolq": "BoolQ", "dialogues": "dialogues", "text": "plain text"}
 COMMAND = "python benchmarks/training.py --readme README.md"
 MARK = "<!-- training: made by benchmarks/training.py -->"
+child = partial(_measuring.child, __file__)
 
 # Tokens of a BoolQ prompt (passage, question, "Answer:"): percentiles 0 to 100 of 1500 rows of its training split,
 # counted in pieces of GPT-2's pre-tokeniser (words, numbers, marks). A test counts them again where the data are.
@@ -83,12 +83,6 @@ def build(shape: Shape) -> Any:
     model.config.use_cache = False
     model.loss_type = "ForCausalLM"  # without it Trainer divides GPT-2's loss by one label too many a row of plain text
     return model.to(device())
-
-
-def device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -391,15 +385,6 @@ def matmul_flops(size: int = 1024, times: int = 5) -> float:
     return 2 * size**3 / best
 
 
-def child(*job: Any) -> dict:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{job} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run_child(job: list) -> dict:
     what, shape, *rest = job
     return {"speed": speed, "memory": peak_memory}[what](Shape(**shape), *rest)
@@ -421,14 +406,6 @@ def measure(quick: bool) -> dict:
 
 
 # What it comes to -----------------------------------------------------------------------------------------------------
-
-
-def span(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def ratios(new: Sequence[float], old: Sequence[float]) -> dict[str, float]:
-    return span([one / other for one, other in zip(new, old, strict=True)])
 
 
 def furthest(one: Sequence[float], other: Sequence[float]) -> float:
@@ -500,11 +477,6 @@ def targets(cells: list[dict], memories: list[dict]) -> list[dict]:
     ]
 
 
-def target(what: str, sign: str, wanted: float, seen: float) -> dict:
-    met = seen >= wanted if sign == ">=" else seen <= wanted
-    return {"what": what, "sign": sign, "wanted": wanted, "seen": seen, "met": bool(met)}
-
-
 def markdown(found: dict) -> str:
     """The README's section, every number from `found`."""
     machine = found["machine"]
@@ -571,13 +543,6 @@ def memory_line(row: dict) -> str:
     return f"| {DATA[row['data']]} | {bytes_of(PLAIN)} | {bytes_of(PACKED)} | {whole:.2f} ({grown:.2f}) |"
 
 
-def target_line(one: dict) -> str:
-    limit = "at least" if one["sign"] == ">=" else "at most"
-    seen = f"{one['seen']:.1e}" if one["wanted"] < 0.01 else f"{one['seen']:.2f}"
-    kept = "met" if one["met"] else "NOT met"
-    return f"- {one['what']}: {limit} {one['wanted']:g} was promised, {seen} measured: {kept}."
-
-
 def data_text(found: dict) -> str:
     kinds = {cell["data"]: cell["rows"] for cell in found["cells"]}
     said = [
@@ -599,27 +564,6 @@ def data_text(found: dict) -> str:
     )
 
 
-def machine() -> dict:
-    import peft
-    import torch
-    import transformers
-    from tracking import processor
-
-    cuda = device() == "cuda"
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "precision": "bfloat16 over float32 weights" if cuda else "float32",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "load_before": os.getloadavg(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round: does it run?")
@@ -631,7 +575,8 @@ def main() -> None:
         print(json.dumps(run_child(json.loads(options.child))))
         return
 
-    here = machine()
+    precision = "float32" if device() == "cpu" else "bfloat16 over float32 weights"
+    here = machine("transformers", "peft", precision=precision)
     measured = measure(options.quick)
     here["matmul_flops"] = max(cell["matmul_flops"] for cell in measured["cells"])
     why = "it needs a CUDA device" if device() == "cpu" else "this benchmark has no run for it yet"
@@ -639,16 +584,8 @@ def main() -> None:
     about = {"machine": here, "steps": steps, "warm": warm, "rounds": rounds, "not_compared": {"unsloth": why}}
     found = summarise(measured | about)
     text = markdown(found)
-    out = options.out or (None if options.quick else "benchmarks/results")
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "training.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        (Path(out) / "training.md").write_text(text)
-    if options.readme:
-        from head_pruning import put_into
-
-        put_into(Path(options.readme), text, MARK)
-    print(text)
+    out = options.out or (None if options.quick else RESULTS)
+    publish("training", found, text, out, options.readme, MARK)
 
 
 if __name__ == "__main__":

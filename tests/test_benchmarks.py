@@ -16,6 +16,7 @@ from nbhelpers import models
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script there: they share _measuring.py
 
 
 def load(name: str):
@@ -136,10 +137,19 @@ def test_the_table_of_a_removal_says_random_weights_and_a_failed_fact(removal):
     assert "model of trained weights: OK" in text and "model of random weights: FAILED" in text
 
 
+def test_a_promise_says_whether_it_was_kept():
+    measuring = load("_measuring")
+    kept = measuring.target("times as fast", ">=", 100, 871.4)
+    broken = measuring.target("difference", "<=", 1e-4, 2e-4)
+    assert measuring.target_line(kept, seen=".3g") == "- times as fast: at least 100 was promised, 871 measured: met."
+    assert measuring.target_line(broken) == "- difference: at most 0.0001 was promised, 2.0e-04 measured: NOT met."
+    assert measuring.ratios([3, 8, 2], [1, 2, 1]) == {"median": 3, "low": 2, "high": 4}
+
+
 def test_a_section_goes_between_its_own_marks(head_pruning, removal, tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"a\n{removal.MARK}\nold\n{removal.MARK}\n{head_pruning.MARK}kept{head_pruning.MARK}\n")
-    head_pruning.put_into(path, "new\n", removal.MARK)
+    load("_measuring").put_into(path, "new\n", removal.MARK)
     expected = f"a\n{removal.MARK}\nnew\n{removal.MARK}\n{head_pruning.MARK}kept{head_pruning.MARK}\n"
     assert path.read_text() == expected
 
