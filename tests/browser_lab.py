@@ -34,8 +34,13 @@ FINE_TUNING = ROOT / "notebooks" / "02_fine_tuning.ipynb"
 ANALYSIS = ROOT / "notebooks" / "05_analysis.ipynb"
 SWEEP = ROOT / "notebooks" / "03_sparse_sweep.ipynb"
 COMPARISON = ROOT / "notebooks" / "04_llm_vs_slm.ipynb"
-PICTURED = {"": NOTEBOOK, "fine_tuning-": FINE_TUNING}  # what the names of a notebook's pictures begin with
-PICTURED_AT_THE_END = {"sweep-": SWEEP, "comparison-": COMPARISON}
+MOMENTS = ("form", "running", "finished")  # before, during and after a notebook's default run
+PICTURED = {  # what the names of a notebook's pictures begin with, and the moments that README shows
+    "": (NOTEBOOK, MOMENTS),
+    "fine_tuning-": (FINE_TUNING, MOMENTS),
+    "sweep-": (SWEEP, ("finished",)),
+    "comparison-": (COMPARISON, ("finished",)),
+}
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
     "--no-sandbox",  # root in a container
@@ -547,6 +552,10 @@ class LabPage:
         """What was noted: {"slot" (which <img>), "src", "hash" (of the bytes), "at" (milliseconds)}."""
         return self.page.evaluate("() => [...window.nbhPictures.seen.values()]")
 
+    def different_pictures(self) -> int:
+        """How many different pictures were shown since they are watched."""
+        return len({picture["hash"] for picture in self.pictures()})
+
     def most_pictures_of_one_slot(self) -> int:
         """The number of different pictures that the liveliest <img> has shown."""
         slots = [picture["slot"] for picture in self.pictures()]
@@ -590,7 +599,7 @@ def take_screenshots(
     widths: tuple[int, ...] = (1280, 800),
     notebook: Path = NOTEBOOK,
     prefix: str = "",
-    moments: tuple[str, ...] = ("form", "running", "finished"),
+    moments: tuple[str, ...] = MOMENTS,
 ) -> list[Path]:
     """{prefix}{form,running,finished}-<width>.png of a notebook's panel before, during and after its default run."""
     taken = []
@@ -638,12 +647,9 @@ if __name__ == "__main__":
     if problem := missing_browser():
         sys.exit(problem)
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
-    chosen = sys.argv[2:] or [*PICTURED, *PICTURED_AT_THE_END, "analysis-"]
-    for prefix in chosen:
+    for prefix in sys.argv[2:] or [*PICTURED, "analysis-"]:
         if prefix == "analysis-":
             print(*take_analysis_screenshots(target), sep="\n")
-        elif prefix in PICTURED:
-            print(*take_screenshots(target, notebook=PICTURED[prefix], prefix=prefix), sep="\n")
         else:
-            found = {"notebook": PICTURED_AT_THE_END[prefix], "prefix": prefix, "moments": ("finished",)}
-            print(*take_screenshots(target, **found), sep="\n")
+            notebook, moments = PICTURED[prefix]
+            print(*take_screenshots(target, notebook=notebook, prefix=prefix, moments=moments), sep="\n")

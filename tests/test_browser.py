@@ -84,7 +84,7 @@ def test_what_is_set_in_the_form_is_what_runs_and_stops_and_runs_again(lab, tmp_
         assert page.is_enabled("nbh-stop") and not page.is_enabled("nbh-run")
         page.wait_status("finished", seconds=RUN_SECONDS)
         print(f"a run of 8 steps: {time.monotonic() - clicked:.1f} s, {len(page.pictures())} pictures")
-        until("three pictures", lambda: len({picture["hash"] for picture in page.pictures()}) >= 3, STEP_SECONDS)
+        until("three pictures", lambda: page.different_pictures() >= 3, STEP_SECONDS)
         assert len(runs(lab)) == already + 1, "the second click started no second run"
         first = runs(lab)[-1]
         assert first.status == "finished"

@@ -34,11 +34,6 @@ def table(page: LabPage) -> list[str]:
     return page.page.locator(".nbh-table td b").all_inner_texts()
 
 
-def hashes(page: LabPage) -> int:
-    """How many different pictures were shown since they are watched."""
-    return len({picture["hash"] for picture in page.pictures()})
-
-
 def press_enter_in(page: LabPage, name: str, text: str) -> None:
     page.write(name, text)
 
@@ -49,19 +44,19 @@ def test_what_is_set_in_the_form_is_what_is_shown_and_exported(page, tmp_path):
     assert "48 planned, 48 finished" in page.text("nbh-coverage") and len(table(page)) == 24
 
     page.watch_pictures()
-    until("the pictures of both models", lambda: hashes(page) >= 2, STEP_SECONDS)
+    until("the pictures of both models", lambda: page.different_pictures() >= 2, STEP_SECONDS)
     began = time.monotonic()
     press_enter_in(page, "filter", "strategy=gradient,random level>0.1")
     until("fewer settings", lambda: len(table(page)) == 8, LOOK_SECONDS)
     print(f"\na filter was shown after {time.monotonic() - began:.1f} s")
-    until("other pictures", lambda: hashes(page) >= 4, LOOK_SECONDS)
+    until("other pictures", lambda: page.different_pictures() >= 4, LOOK_SECONDS)
     until("its count", lambda: "16 of 48 runs shown" in page.status(), LOOK_SECONDS)
 
     before = table(page)
     page.choose("metric", "recovery_percent")
     until("another metric", lambda: table(page) != before and len(table(page)) == 8, LOOK_SECONDS)
     assert "highest recovery_percent" in page.text("nbh-best")
-    until("pictures of it", lambda: hashes(page) >= 6, LOOK_SECONDS)
+    until("pictures of it", lambda: page.different_pictures() >= 6, LOOK_SECONDS)
 
     page.choose("model", "tiny-llama")
     until("one model", lambda: len(table(page)) == 4, LOOK_SECONDS)

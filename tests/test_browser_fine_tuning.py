@@ -31,7 +31,7 @@ def test_what_is_set_in_the_form_is_what_is_trained_and_watched(lab, tmp_path):
         page.double_click("nbh-run")
         page.wait_status("running", seconds=STEP_SECONDS)
         page.wait_status("finished", seconds=RUN_SECONDS)
-        until("three pictures", lambda: len({picture["hash"] for picture in page.pictures()}) >= 3, STEP_SECONDS)
+        until("three pictures", lambda: page.different_pictures() >= 3, STEP_SECONDS)
         assert len(runs(lab)) == already + 1, "the second click started no second run"
         done = runs(lab)[-1]
         assert done.status == "finished" and {name: done.config[name] for name in wanted} == wanted
