@@ -26,9 +26,10 @@ def curve(
 
     points: (training rows, right or not of each test document), rows growing. large_line: the large model's outcomes on
     the same documents. The crossing is where the small model gets ahead and stays ahead up to the last point, linear in
-    log(1 + rows) between two points; "state" is "crosses", "from the start" (ahead at the first point and ever after)
-    or "never" (not ahead at the last point: rows is None). Its interval are percentiles among the resamples of the
-    documents that cross, or are ahead from the start; `share_of_resamples` says how many did.
+    log(1 + rows) between the two points "between"; "state" is "crosses", "between" (just as good at the first of those
+    two: where between them it gets ahead cannot be told, rows is None), "from the start" (ahead at the first point and
+    ever after) or "never" (not ahead at the last point: rows is None). Its interval are percentiles among the resamples
+    of the documents that cross, or are ahead from the start; `share_of_resamples` says how many did.
     """
     rows = [count for count, _ in points]
     _check(rows, points, large_line)
@@ -39,8 +40,9 @@ def curve(
     drawn = coding_metrics.resampled_accuracies([*(right for _, right in points), large_line], resamples, seed)
     crossings = [_crossing(rows, resample.tolist()) for resample in drawn[:, :-1] - drawn[:, -1:]]
     crossed = [found for found in crossings if found is not None]
-    tail = (1 - confidence) / 2
-    low, high = numpy.quantile(crossed, [tail, 1 - tail]) if crossed and crossing is not None else (None, None)
+    tail, state = (1 - confidence) / 2, _state(differences)
+    told = crossed and state in ("crosses", "from the start")
+    low, high = numpy.quantile(crossed, [tail, 1 - tail]) if told else (None, None)
     options = (confidence, resamples, seed)
     found = {
         "n": len(large_line),
@@ -50,14 +52,28 @@ def curve(
         ],
         "large": {"accuracy": large, **coding_metrics.accuracy_interval(large_line, *options)},
         "crossing": {
-            "state": "never" if crossing is None else "from the start" if min(differences) > 0 else "crosses",
-            "rows": crossing,
+            "state": state,
+            "rows": None if state == "between" else crossing,
+            "between": _between(rows, differences) if state in ("crosses", "between") else None,
             "low": None if low is None else float(low),
             "high": None if high is None else float(high),
             "share_of_resamples": len(crossed) / resamples,
         },
     }
     return found | {"sentence": _sentence(found, rows)}
+
+
+def _state(differences: Sequence[float]) -> str:
+    if differences[-1] <= 0:
+        return "never"
+    behind = [difference for difference in differences if difference <= 0]
+    return "from the start" if not behind else "between" if behind[-1] == 0 else "crosses"
+
+
+def _between(rows: Sequence[int], differences: Sequence[float]) -> list[int]:
+    """The last point that is not ahead, and the one after it."""
+    last = max(index for index, difference in enumerate(differences) if difference <= 0)
+    return [rows[last], rows[last + 1]]
 
 
 def _crossing(rows: Sequence[int], differences: Sequence[float]) -> float | None:
@@ -80,10 +96,16 @@ def _sentence(found: dict[str, Any], rows: Sequence[int]) -> str:
         return f"{until} the small model does not end ahead of {large}; in {share} it does."
     if crossing["state"] == "from the start":
         return f"The small model is ahead of {large} from {rows[0]} labelled dialogues on; in {share} it ends ahead."
-    low, high = crossing["low"], crossing["high"]
+    before, after = crossing["between"]
+    if crossing["state"] == "between":
+        return (
+            f"The small model is just as good as {large} with {before} labelled dialogues and ahead with {after}, the "
+            f"next number tried: where between them it gets ahead cannot be told; in {share} it ends ahead."
+        )
     return (
         f"The small model gets ahead of {large} at about {crossing['rows']:.0f} labelled dialogues "
-        f"[{low:.0f}, {high:.0f}]; in {share} it ends ahead."
+        f"[{crossing['low']:.0f}, {crossing['high']:.0f}], between the tried {before} and {after}; in {share} it ends "
+        "ahead."
     )
 
 

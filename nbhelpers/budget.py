@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from nbhelpers import verdicts
 
 LEAST_ROWS = 50  # of test and of training rows; all where there are fewer
-DISCORDANT = 0.5  # assumed before anything is known: what two independent models that are right half the time reach
+DISCORDANT = 0.5  # assumed before anything is known: what two independent models, each right half the time, reach
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class Choice:
     text: str
 
 
-def choose(budget_seconds: float, rates: Rates, wanted: Wanted) -> Choice:
+def choose(budget_seconds: float, rates: Rates, wanted: Wanted, pairs: int = 1) -> Choice:
     """The most that fits: first epochs are given up, down to 1, then the same share of test and of training rows.
 
     More rows teach and tell more than the same rows again. Neither part falls below 50 rows (or all, where there are
-    fewer). ValueError with the least budget where even those do not fit.
+    fewer). pairs: of a large and a small model, over which the verdict corrects its tests. ValueError with the least
+    budget where even those do not fit.
     """
     least = Wanted(min(LEAST_ROWS, wanted.test_rows), min(LEAST_ROWS, wanted.training_rows))
     needed = rates.total(least.test_rows, least.training_rows, 1)
@@ -84,7 +85,7 @@ def choose(budget_seconds: float, rates: Rates, wanted: Wanted) -> Choice:
         )
     for epochs in range(wanted.epochs, 0, -1):
         if rates.total(wanted.test_rows, wanted.training_rows, epochs) <= budget_seconds:
-            return _choice(wanted.test_rows, wanted.training_rows, epochs, budget_seconds, rates, wanted)
+            return _choice(wanted.test_rows, wanted.training_rows, epochs, budget_seconds, rates, wanted, pairs)
 
     def rows(share: float) -> tuple[int, int]:
         test, training = math.floor(share * wanted.test_rows), math.floor(share * wanted.training_rows)
@@ -94,14 +95,15 @@ def choose(budget_seconds: float, rates: Rates, wanted: Wanted) -> Choice:
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if rates.total(*rows(middle), 1) <= budget_seconds else (low, middle)
-    return _choice(*rows(low), 1, budget_seconds, rates, wanted)
+    return _choice(*rows(low), 1, budget_seconds, rates, wanted, pairs)
 
 
 def _choice(
-    test_rows: int, training_rows: int, epochs: int, budget_seconds: float, rates: Rates, wanted: Wanted
+    test_rows: int, training_rows: int, epochs: int, budget_seconds: float, rates: Rates, wanted: Wanted, pairs: int
 ) -> Choice:
     seconds = rates.total(test_rows, training_rows, epochs)
-    told = verdicts.detectable_difference(test_rows, DISCORDANT)
+    told = verdicts.detectable_difference(test_rows, DISCORDANT, level=verdicts.LEVEL / pairs)
+    corrected = f", corrected over {pairs} pairs of models" if pairs > 1 else ""
     training = f"{training_rows} of {wanted.training_rows} training rows, {epochs} of {wanted.epochs} epochs, "
     training = training if wanted.training_rows else ""
     limit = (
@@ -111,8 +113,8 @@ def _choice(
     )
     text = (
         f"In {_minutes(budget_seconds)}: {training}{test_rows} of {wanted.test_rows} test rows, about "
-        f"{_minutes(seconds)} at the measured rates; {limit} (80 % power, assuming the worst case of two independent "
-        f"models: exactly one of them right on {DISCORDANT:.0%} of the rows)."
+        f"{_minutes(seconds)} at the measured rates; {limit} (80 % power{corrected}; for two independent models, "
+        f"exactly one of them right on {DISCORDANT:.0%} of the rows)."
     )
     return Choice(test_rows, training_rows, epochs, seconds, budget_seconds, told, DISCORDANT, text)
 

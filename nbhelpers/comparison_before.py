@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment
 
 from nbhelpers import (
+    budget,
     catalogue,
     comparison_live,
     dialogues,
@@ -28,7 +29,6 @@ from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig
 from nbhelpers.dialogues import Dialogues
 from nbhelpers.label_split import Split
 
-HALF = 0.5  # of the test dialogues exactly one of two models is right: the most that two independent ones differ
 LISTED = 12  # labels that are named
 FEW = 50  # dialogues whose length stands for all
 LETTERS = 4  # a token, of models whose tokenizer is not here
@@ -83,7 +83,7 @@ def _rows(source: str, dialogue: str | None, label: str | None, kind: str, sever
 def tiles(data: Dialogues, split: Split, config: ComparisonConfig) -> list[tuple[str, str]]:
     """(number, what it counts) of the data."""
     train = min(len(split.train), config.max_train_samples or len(split.train))
-    told = detectable(len(split.test))
+    told = detectable(len(split.test), config.pairs)
     return [
         (f"{len(data.rows):,}", "dialogues"),
         (f"{len(data.labels):,}", "codes" if data.kind == "icd10" else "labels"),
@@ -94,17 +94,20 @@ def tiles(data: Dialogues, split: Split, config: ComparisonConfig) -> list[tuple
     ]
 
 
-def detectable(rows: int) -> float | None:
-    """Smallest difference in accuracy that so many test rows tell, where two models are right independently."""
-    return verdicts.detectable_difference(rows, HALF)
+def detectable(rows: int, pairs: int = 1) -> float | None:
+    """Smallest difference in accuracy that so many test rows tell, where two models are right independently.
+
+    pairs: of a large and a small model, over which the verdict corrects its tests.
+    """
+    return verdicts.detectable_difference(rows, budget.DISCORDANT, level=verdicts.LEVEL / pairs)
 
 
-def remarks(data: Dialogues, split: Split) -> list[str]:
+def remarks(data: Dialogues, split: Split, config: ComparisonConfig) -> list[str]:
     """What the numbers do not say by themselves."""
     named = ", ".join(prompts.written(label, data.kind) for label in data.labels[:LISTED])
     said = [f"{named}, ..." if len(data.labels) > LISTED else f"{named}."]
     said += [f"{line[:1].upper()}{line[1:]}." for line in data.cleaning.get("says", ())]
-    if detectable(len(split.test)) is None:
+    if detectable(len(split.test), config.pairs) is None:
         said.append(f"{len(split.test)} test dialogues can tell no difference: take more.")
     return said
 

@@ -225,9 +225,7 @@ def _ensemble(on: ComparisonData, answered: Mapping[str, Answers]) -> dict[str, 
     weights = ensemble.grid(large.scores["validation"], small.scores["validation"], gold)
     weight = ensemble.choose(large.scores["validation"], small.scores["validation"], gold)
     scores = ensemble.combine(large.scores["test"], small.scores["test"], weight)
-    lines = coding_metrics.ranked_lines(on.test, scores, labels)
-    for line in lines:
-        line["written"] = line["ranked"][0]
+    lines = coding_metrics.ranked_lines(on.test, scores, labels)  # it ranks; it writes nothing
     short = [key.partition("_")[2].rpartition("_")[0] for key in best]
     return {
         "key": f"ENSEMBLE_{short[0]}_{short[1]}",

@@ -144,8 +144,8 @@ def pairs(
 ) -> list[dict[str, Any]]:
     """Paired tests of models on the same documents: of each two, or of the pairs named.
 
-    Difference a - b with its bootstrap interval, documents that only one got right, the exact McNemar p, and that p
-    corrected (Holm 1979) over all tests of this list.
+    Difference a - b with its bootstrap interval (exact where no document tells them apart), documents that only one
+    got right, the exact McNemar p, and that p corrected (Holm 1979) over all tests of this list.
     """
     n = _documents(outcomes)
     found = []
@@ -155,13 +155,14 @@ def pairs(
         mean = float(left.mean() - right.mean())
         drawn = coding_metrics.resampled_accuracies([left, right], resamples, seed)
         low, high = numpy.quantile(drawn[:, 0] - drawn[:, 1], [(1 - confidence) / 2, (1 + confidence) / 2])
+        low, high = _unless_collapsed(float(low), float(high), mean, n, confidence)
         found.append(
             {
                 "a": a,
                 "b": b,
                 "measure": measure,
                 "n": n,
-                "difference": {"mean": mean, "low": float(low), "high": float(high)},
+                "difference": {"mean": mean, "low": low, "high": high},
                 "only_a": only_a,
                 "only_b": only_b,
                 "mcnemar_p": stats.mcnemar(only_a, only_b),
@@ -208,7 +209,20 @@ def _best_difference(
     tail = (1 - confidence) / 2
     low, high = numpy.quantile(differences, [tail, 1 - tail])
     mean = stats.mean(small[best(small)]) - stats.mean(large[best(large)])
-    return {"mean": mean, "low": max(-1.0, float(2 * mean - high)), "high": min(1.0, float(2 * mean - low))}
+    low, high = _unless_collapsed(float(2 * mean - high), float(2 * mean - low), mean, _documents(small), confidence)
+    return {"mean": mean, "low": max(-1.0, low), "high": min(1.0, high)}
+
+
+def _unless_collapsed(low: float, high: float, mean: float, n: int, confidence: float) -> tuple[float, float]:
+    """The interval; where no resample differs, as far as a share that was seen 0 times in n documents may reach.
+
+    Resamples of documents that all say the same are all alike, and that is no interval: as for accuracies, the exact
+    binomial bound of 0 of n takes its place, on either side, within -1 and 1.
+    """
+    if high > low:
+        return low, high
+    unseen = coding_metrics.exact_interval(0, n, confidence)[1]
+    return max(-1.0, mean - unseen), min(1.0, mean + unseen)
 
 
 def _answer(interval: Mapping[str, float], p: float) -> str:

@@ -23,7 +23,7 @@ def test_the_crossing_lies_between_two_points_linear_in_the_logarithm():
     assert found["crossing"]["state"] == "crosses"
     assert found["crossing"]["rows"] == pytest.approx(7)
     assert found["crossing"]["low"] < 7 < found["crossing"]["high"]
-    assert found["crossing"]["share_of_resamples"] == 1
+    assert found["crossing"]["share_of_resamples"] == 1 and found["crossing"]["between"] == [3, 15]
     assert found["sentence"].startswith(
         "The small model gets ahead of the large one (40.0%) at about 7 labelled dialogues ["
     )
@@ -54,9 +54,12 @@ def test_the_last_crossing_counts_where_the_curve_goes_up_and_down():
     assert found["crossing"]["rows"] == pytest.approx(math.sqrt(8) - 1)
 
 
-def test_a_curve_that_is_equal_and_then_ahead_crosses_where_it_was_equal():
-    found = quick([(0, 40), (3, 60)], 40)
-    assert (found["crossing"]["state"], found["crossing"]["rows"]) == ("crosses", 0)
+def test_a_curve_that_is_equal_and_then_ahead_gets_ahead_somewhere_between_and_nothing_narrower_is_claimed():
+    found = quick([(0, 40), (194, 60), (778, 70)], 40)
+    crossing = found["crossing"]
+    assert (crossing["state"], crossing["between"]) == ("between", [0, 194])
+    assert crossing["rows"] is crossing["low"] is crossing["high"] is None and crossing["share_of_resamples"] == 1
+    assert "with 0 labelled dialogues and ahead with 194" in found["sentence"] and "[" not in found["sentence"]
 
 
 def test_only_some_resamples_cross_where_the_lead_is_within_the_noise():

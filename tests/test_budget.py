@@ -61,9 +61,15 @@ def test_the_choice_is_said_with_the_smallest_difference_that_it_can_tell():
     assert found.detectable_difference == verdicts.detectable_difference(100, 0.5)
     assert found.text == (
         "In 10.0 minutes: 200 of 400 training rows, 1 of 3 epochs, 100 of 200 test rows, about 10.0 minutes at the "
-        "measured rates; the smallest difference that 100 test rows can tell is 19.6 points (80 % power, assuming the "
-        "worst case of two independent models: exactly one of them right on 50% of the rows)."
+        "measured rates; the smallest difference that 100 test rows can tell is 19.6 points (80 % power; for two "
+        "independent models, exactly one of them right on 50% of the rows)."
     )
+
+
+def test_with_several_pairs_of_models_the_choice_promises_what_the_corrected_verdict_can_tell():
+    found = choose(600, RATES, WANTED, pairs=4)
+    assert found.detectable_difference == verdicts.detectable_difference(100, 0.5, level=0.05 / 4) > 0.23
+    assert "(80 % power, corrected over 4 pairs of models; for two" in found.text
 
 
 def test_a_test_of_a_few_rows_says_that_it_can_tell_nothing():

@@ -103,6 +103,7 @@ def test_the_smallest_difference_is_that_of_two_independent_models(tmp_path, tal
     made._show_estimate()
     assert comparison_before.detectable(8) is None and "8 test dialogues can tell no difference" in made.before.value
     assert 0.13 < comparison_before.detectable(200) < 0.15, "(1.96 + 0.84) * sqrt(0.5 / 200) = 0.14"
+    assert 0.16 < comparison_before.detectable(200, pairs=4) < 0.17, "(2.50 + 0.84) * sqrt(0.5 / 200) = 0.167"
 
 
 def test_a_file_that_cannot_be_read_is_said_before_run(tmp_path, talks):

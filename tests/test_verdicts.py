@@ -62,7 +62,9 @@ def test_an_interval_above_zero_is_not_enough_where_several_pairs_were_tried():
 @pytest.mark.parametrize("hits", [0, 7, 20])
 def test_models_that_are_right_on_the_same_documents_are_a_tie(hits):
     found = quick(right(hits, 20), right(hits, 20))
-    assert (found["answer"], found["difference"]) == ("cannot tell", {"mean": 0, "low": 0, "high": 0})
+    reach = pytest.approx(1 - 0.025 ** (1 / 20))  # exact binomial, 0 of 20
+    assert found["answer"] == "cannot tell" and found["difference"]["mean"] == 0
+    assert (-found["difference"]["low"], found["difference"]["high"]) == (reach, reach)
     assert found["detectable_difference"] is None
     assert "the two differ on 0 documents, too few to tell anything" in found["sentence"]
 
@@ -227,3 +229,17 @@ def test_models_with_other_numbers_of_documents_are_refused():
         quick(right(1, 3), right(1, 4))
     with pytest.raises(ValueError, match="no documents were answered"):
         quick([], [])
+
+
+def test_models_that_no_document_tells_apart_have_an_interval_as_wide_as_their_number_allows():
+    same = [True, False] * 8
+    found = verdicts.decide({"LLM_a_untrained": same}, {"SLM_b_finetuned": same})
+    reach = 1 - 0.025 ** (1 / 16)  # the largest share that is seen 0 times in 16 with 2.5 %: 20.6 points
+    expected = {"mean": 0.0, "low": pytest.approx(-reach), "high": pytest.approx(reach)}
+    assert found["difference"] == expected and found["tests"][0]["difference"] == expected
+    assert "difference +0.0 points [-20.6, +20.6] over 16 documents" in found["sentence"]
+
+
+def test_models_that_every_document_tells_apart_have_an_interval_too():
+    [test] = verdicts.pairs({"a": [True] * 16, "b": [False] * 16})
+    assert test["difference"] == {"mean": 1.0, "low": pytest.approx(0.025 ** (1 / 16)), "high": 1.0}
