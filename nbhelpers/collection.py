@@ -79,9 +79,9 @@ class Experiment(Run):
 
     @property
     def generated(self) -> bool:
-        """Whether it was measured on text that this project generated itself."""
-        text = (self.result or {}).get("text")
-        return isinstance(text, dict) and bool(text.get("generated"))
+        """Whether it was measured on text or rows that this project generated itself."""
+        parts = [(self.result or {}).get(part) for part in ("text", "protocol")]
+        return any(isinstance(part, dict) and bool(part.get("generated")) for part in parts)
 
 
 def _joined(stage: str | None, metric: str) -> str:

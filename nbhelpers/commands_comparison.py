@@ -13,14 +13,20 @@ from nbhelpers.commands import Json, Progress, Violation, carry_out, keyword, op
 
 OWN = ("llm_models", "slm_models", "baselines")  # fields whose options are made here
 
+GATES = {True: "gated (its hub page asks for consent first)", False: "not gated", None: "gate unknown"}
+
 
 def compare_run() -> Callable:
-    from nbhelpers.comparison import Comparison
     from nbhelpers.comparison_config import ComparisonConfig
 
     def command(out, config, force_recompute, clear_cache, resume, json, **options):
         def work() -> dict:
+            from nbhelpers.comparison import Comparison
+            from nbhelpers.comparison_data import licences
+
             made = ComparisonConfig(**(_read(config) | _asked(options, force_recompute)))
+            for name, found in licences(made).items():
+                typer.echo(f"{name}: licence {found['licence']}, {GATES[found['gated']]}", err=True)
             if clear_cache:
                 from nbhelpers import comparison_answers
 
@@ -70,7 +76,9 @@ def _asked(options: Mapping[str, Any], force_recompute: bool) -> dict[str, Any]:
 def _optional(option: inspect.Parameter) -> inspect.Parameter:
     """An option whose absence leaves the field to the config file, or to its default, which the help names."""
     kind, about = option.annotation.__origin__, option.annotation.__metadata__[0]
-    about.help += "" if option.default is None or option.default == "" else f" [default: {option.default}]"
+    about.help += (
+        "" if option.default is None or option.default == "" else f" (default: {option.default})"
+    )  # in [] it is markup
     about.show_default = False
     return option.replace(default=None, annotation=Annotated[kind | None, about])
 
@@ -81,7 +89,7 @@ def _read(config: Path | None) -> dict[str, Any]:
     found = {} if config is None else yaml_files.read(config, "config")
     if not isinstance(found, Mapping):
         raise ValueError(f"config '{config}' must be a mapping of fields, got {type(found).__name__}")
-    return dict(found)
+    return {str(name): value for name, value in found.items()}
 
 
 class Told(Progress):
@@ -93,6 +101,8 @@ class Told(Progress):
         super().__call__(now | done | {"at": f"{now.get('key', '')} {now.get('part', '')}".strip()})
         if interim:
             typer.echo(interim, err=True)
+        if now["stage"] == "from before":
+            typer.echo(f"{now['key']}: {now['says']}", err=True)
 
 
 def write_report(result: dict) -> None:

@@ -41,7 +41,7 @@ from nbhelpers.errors import one_line
 from nbhelpers.prompts import FILE as PROMPT
 from nbhelpers.tracking import ExperimentConfig, ExperimentTracker, Interrupted
 
-RESULTS, MERGED = "results.json", "merged"
+RESULTS, MERGED, BUDGET = "results.json", "merged", "budget.json"
 INTERIM_EVERY = 25  # answers between two interim verdicts
 
 
@@ -71,17 +71,27 @@ class Comparison:
         """Run `config` and leave a run directory with results.json and a folder a model; returns its result.
 
         resume: go on in `run_dir` where it was killed or stopped. Raises LookupError or ValueError for what cannot be
-        run, before a run directory exists and before any weights are read; tracking.Interrupted after should_stop.
+        run before a run directory exists: before any weights are read, but for a budget that is too short, which is
+        known once rates were measured. Raises tracking.Interrupted after should_stop.
         """
         runtime.check_supported()
         on = comparison_data.prepared(config)
         record = ExperimentConfig(kind="comparison", **config.model_dump())
-        with ExperimentTracker(record, root, run_dir=run_dir, resume=resume, command=command) as tracker:
-            tracker.set_fingerprints(data=on.data.sha256, split=records.sha256_json(records.plain(on.split.record)))
-            made = Comparison(on, tracker, progress, should_stop)
+        tracker = ExperimentTracker(record, root, run_dir=run_dir, resume=resume, command=command)
+        made = Comparison(on, tracker, progress, should_stop)
+        if config.budget is not None:
+            records.check_output_folder(tracker.run_dir, resume)  # before minutes of measuring
+            made._choose_within_budget()
+        with tracker:
+            tracker.set_fingerprints(
+                data=on.data.sha256,
+                split=records.sha256_json(records.plain(on.split.record)),
+                labels=records.sha256_json(on.data.labels),
+            )
             made._carry_out()
             result = comparison_results.result(on, made.answers, made.phases, made.curve, made.chosen)
             result["run_dir"] = str(tracker.run_dir)
+            result["licences"] = comparison_data.licences(config)
             made._merge_the_best(result)
             records.write_json(tracker.run_dir / RESULTS, records.plain(result["models"]))
             tracker.finish(result)
@@ -92,7 +102,7 @@ class Comparison:
 
     def _carry_out(self) -> None:
         config = self.config
-        if config.budget is not None:
+        if self.chosen is not None:
             self._keep_to_budget()
         self._fit_baselines()
         if config.experiment != "training":
@@ -291,20 +301,24 @@ class Comparison:
 
     # a budget -----------------------------------------------------------------------------------------------------
 
-    def _keep_to_budget(self) -> None:
+    def _choose_within_budget(self) -> None:
         """Measure rates on a few rows and steps of each model, then choose rows and epochs that fit; on resume the
-        choice stands."""
-        kept = self.tracker.run_dir / "budget.json"
-        before = self._budget_before()
+        choice stands. ValueError, and nothing is written, where none fits."""
+        kept, before = self.tracker.run_dir / BUDGET, self._budget_before()
         if kept.exists() or (self.config.cache and before.exists()):
             self.chosen = records.read_json(kept if kept.exists() else before)
         else:
             rates = comparison_pace.rates(self.on, self._tell, self.should_stop)
             wanted = budget.Wanted(len(self.on.test), len(self.on.train) * self.on.tunes, self.config.epochs)
-            self.chosen = vars(budget.choose(seconds_of(self.config.budget), rates, wanted)) | {"rates": vars(rates)}
-            before.parent.mkdir(exist_ok=True)
-            for place in (kept, before):
-                records.write_json(place, records.plain(self.chosen))
+            choice = budget.choose(seconds_of(self.config.budget), rates, wanted, self.config.pairs)
+            self.chosen = vars(choice) | {"rates": vars(rates)}
+
+    def _keep_to_budget(self) -> None:
+        """Take as many rows and epochs as were chosen, and write the choice down."""
+        before = self._budget_before()
+        before.parent.mkdir(exist_ok=True)
+        for place in (self.tracker.run_dir / BUDGET, before):
+            records.write_json(place, records.plain(self.chosen))
         self.on.reduce(*(self.chosen[name] for name in ("test_rows", "training_rows", "epochs")))
         self.tracker.event("budget", **{name: value for name, value in self.chosen.items() if name != "rates"})
         self._tell("budget", says=self.chosen["text"])
@@ -313,7 +327,7 @@ class Comparison:
         """Where this choice is kept for the runs beside this one that ask the same on the same device."""
         asked = self.config.model_dump(exclude={"name", "cache", "cache_days", "keep_text"})
         device = runtime.device_name(self.config.device or runtime.device())
-        key = records.sha256_json(records.plain([asked, self.on.data.sha256, device]))
+        key = records.sha256_json(records.plain([asked, self.on.data.sha256, self.on.data.labels, device]))
         return self.tracker.run_dir.parent / answer_cache.FOLDER / f"{comparison_answers.PREFIX}budget-{key}.json"
 
     # who is told --------------------------------------------------------------------------------------------------

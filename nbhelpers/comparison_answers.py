@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +27,9 @@ from nbhelpers.tracking import ExperimentTracker, Interrupted
 FORMAT = 2  # of the code that makes these answers
 PREFIX = "coding-"  # of the folders of kept answers
 PARTIAL = "predictions.partial.jsonl"  # archives leave predictions out
-VALIDATION_ROWS = 64  # that choose the best state of a tuning
+VALIDATION_ROWS = 64  # dialogues that choose the best state of a tuning
 CHECKED_ROWS = 64  # training rows of which is checked that they are asked as they are taught
+WARM_UP = 4  # dialogues that are asked before the clock starts, whose answers are dropped
 DAY = 86_400
 
 
@@ -84,11 +85,15 @@ def identity(asking: Asking, config: ComparisonConfig) -> dict[str, Any] | None:
         "device": runtime.device_name(device),  # times and memory are kept too: they are of this device
         "dtype": str(models.DTYPES[asking.model.dtype] or runtime.dtype_for(device)),
         "quantization": asking.model.quantization,
-        "tuning": None
-        if tuning is None
-        else [tuning.config.model_dump(), _digest(tuning.train), _digest(tuning.validation)],
+        "tuning": None if tuning is None else _tuning_identity(tuning),
         "libraries": {name: versions.get(name) for name in answer_cache.LIBRARIES},
     }
+
+
+def _tuning_identity(tuning: Tuning) -> list[Any]:
+    several = any(len(row.labels) > 1 for row in tuning.validation[:VALIDATION_ROWS])
+    found = [tuning.config.model_dump(), _digest(tuning.train), _digest(tuning.validation)]
+    return [*found, "validated on every label"] if several else found  # once it was on the first one
 
 
 def _digest(rows: Sequence[Dialogue]) -> str:
@@ -115,8 +120,22 @@ def obtain(
         found = _ask(asking, config, tracker, tell, should_stop)
         if place is not None and all(fact["ok"] for fact in found.about["facts"]):
             write(place, found)
-    tracker.event("answers", key=asking.key, came=found.came)
+    other = _other_latency(asking, found)
+    tracker.event("answers", key=asking.key, came=found.came, **({"latency": other} if other else {}))
+    if other:
+        tell({"stage": "from before", "key": asking.key, "says": other})
     return found
+
+
+def _other_latency(asking: Asking, found: Answers) -> str | None:
+    """What is to be said where kept answers come with another number of timed requests than was asked for.
+
+    That number is in no identity: answers are not asked again for it.
+    """
+    timed = (found.about["performance"].get("latency") or {}).get("n", 0)
+    if found.came != "cached" or not asking.latency or timed == min(asking.latency, len(asking.parts["test"])):
+        return None
+    return f"latency of {timed or 'no'} requests is from the run that asked (you asked for {asking.latency})"
 
 
 def _lost_model(asking: Asking, found: Answers) -> str | None:
@@ -200,6 +219,8 @@ def _ask(asking: Asking, config: ComparisonConfig, tracker: ExperimentTracker, t
             if asking.tuning is not None and tuned is None:
                 (folder / PARTIAL).unlink(missing_ok=True)  # answers of weights that a kill took along
                 tuned = _tune(asking, model, folder, tell, should_stop)
+                if cut := tuned["record"]["truncated"]:
+                    tracker.event("training_prompts_cut", key=asking.key, cut=cut, dialogues=len(asking.tuning.train))
         if tuned is not None and asking.tuning.keep and not (folder / "training.json").exists():
             tuned["facts"].append(_save(model, asking.prompts, folder, asking.tuning, tuned))
             records.write_json(folder / "training.json", records.plain(tuned))
@@ -265,12 +286,15 @@ def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell,
             left = [at for at, line in enumerate(found) if mark not in line]
             done += len(rows) - len(left)
             asked = [rows[at] for at in left]
-            clock = _Clock()
-            for number, more in clock.running(
-                label_answers.answered(
-                    model, asking.prompts, asked, (kind,), batch_tokens=config.batch_tokens, should_stop=should_stop
-                )
-            ):
+            options = {"kinds": (kind,), "batch_tokens": config.batch_tokens}
+            if part == "test":  # it is timed: what is slow but once comes before
+                for _ in label_answers.answered(
+                    model, asking.prompts, asked[:WARM_UP], **options, should_stop=should_stop
+                ):
+                    pass
+            clock = label_answers.Clock(kind, [len(asked_with[at].ids) for at in left], should_stop)
+            answers = label_answers.answered(model, asking.prompts, asked, **options, should_stop=clock.should_stop)
+            for number, more in clock.running(answers):
                 at, done = left[number], done + 1
                 found[at] |= more
                 plain = more | ({"logprobs": more["logprobs"].tolist()} if "logprobs" in more else {})
@@ -280,27 +304,11 @@ def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell,
                     | {"done": done, "total": total}
                 )
             if left and part == "test":
-                tokens = sum(len(asked_with[at].ids) for at in left)
-                speeds[kind] = label_answers.Speed(clock.seconds, len(left), tokens).record()
+                speeds[kind] = clock.speed().record()
         columns = [line.pop("logprobs", None) for line in found]
         scores[part] = None if columns[0] is None else np.asarray(columns, dtype=np.float32)
         lines[part] = found
     return Answers(lines, scores, {"performance": {"kinds": speeds}, "truncated": truncated})
-
-
-class _Clock:
-    """Seconds spent in an iterator, not in what is done with what it gives."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def running(self, found: Iterator[Any]) -> Iterator[Any]:
-        started = time.perf_counter()
-        for one in found:
-            self.seconds += time.perf_counter() - started
-            yield one
-            started = time.perf_counter()
-        self.seconds += time.perf_counter() - started
 
 
 def _finished_tuning(folder: Path) -> dict[str, Any] | None:
@@ -315,7 +323,7 @@ def _tune(asking: Asking, model, folder: Path, tell, should_stop) -> dict[str, A
     pairs = [(row, label) for row in tuning.train for label in row.labels]
     taught = [prompts.row(row.text, label) for row, label in pairs]
     checked = [label_answers.trained_as_asked(prompts, [row for row, _ in pairs[:CHECKED_ROWS]], taught[:CHECKED_ROWS])]
-    held = [prompts.row(row.text, row.labels[0]) for row in tuning.validation[:VALIDATION_ROWS]]
+    held = [prompts.row(row.text, label) for row in tuning.validation[:VALIDATION_ROWS] for label in row.labels]
     result = training.fine_tune(
         model,
         taught,
@@ -338,6 +346,7 @@ def _tune(asking: Asking, model, folder: Path, tell, should_stop) -> dict[str, A
         "steps": result.steps,
         "epochs": tuning.config.steps * tuning.config.batch_size / len(taught),
         "rows": len(taught),
+        "truncated": sum(prompts.prompt(row.text).cut > 0 for row in tuning.train),  # dialogues
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "trainable_parameters": result.trainable_parameters,

@@ -71,13 +71,18 @@ def look_at(config: ComparisonConfig) -> tuple[Dialogues, Split]:
     """The rows that a comparison would take and their parts. ValueError or LookupError for what is wrong with them."""
     place = Path(config.data).expanduser()
     mark = 0.0 if config.data == dialogues.BUNDLED else place.stat().st_mtime
-    data = _rows(config.data, config.dialogue_column, config.label_column, config.label_kind, config.several, mark)
+    listed = Path(config.labels).expanduser().stat().st_mtime if config.labels else 0.0
+    columns = (config.dialogue_column, config.label_column)
+    data = _rows(config.data, *columns, config.label_kind, config.several, config.labels, mark, listed)
     return data, label_split.split(data, seed=config.seed, mode=config.split, limit_test=config.max_eval_samples)
 
 
 @lru_cache(maxsize=2)
-def _rows(source: str, dialogue: str | None, label: str | None, kind: str, several: str, _mark: float) -> Dialogues:
-    return dialogues.read(source, dialogue_column=dialogue, label_column=label, kind=kind, several=several)
+def _rows(
+    source: str, dialogue: str | None, label: str | None, kind: str, several: str, labels: str | None, *_marks: float
+) -> Dialogues:
+    columns = {"dialogue_column": dialogue, "label_column": label}
+    return dialogues.read(source, **columns, kind=kind, several=several, labels=labels)
 
 
 def tiles(data: Dialogues, split: Split, config: ComparisonConfig) -> list[tuple[str, str]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from nbhelpers import models, records
+from nbhelpers import records
 from nbhelpers.baselines import BASELINES
 from nbhelpers.registry import unknown
 from nbhelpers.strict import StrictConfig
@@ -60,6 +61,9 @@ class ComparisonConfig(StrictConfig):
     dialogue_column: str | None = Field(None, description="column with the dialogue; None = found by its name")
     label_column: str | None = Field(None, description="column with the label; None = found by its name")
     label_kind: Literal["auto", "icd10", "labels"] = Field("auto", description="codes of ICD-10-CM, or any labels")
+    labels: str | None = Field(
+        None, description="text file with one label a line, the only ones there are; None = those of the rows"
+    )
     several: Literal["refuse", "any"] = Field(
         "refuse", description="rows with several labels: refused, or one is enough"
     )
@@ -115,16 +119,15 @@ class ComparisonConfig(StrictConfig):
 
     @field_validator("llm_models", "slm_models", mode="before")
     @classmethod
-    def _names_are_models(cls, given: Any) -> Any:
+    def _names_are_models(cls, given: Any, info: ValidationInfo) -> Any:
         """A model may be given by its name alone, several as one text with commas."""
-        if isinstance(given, str):
-            given = [name.strip() for name in given.split(",") if name.strip()]
+        given = _listed(given, info.field_name, "names, or of entries with a name", (str, Mapping, ModelInstanceConfig))
         return tuple({"name": one} if isinstance(one, str) else one for one in given)
 
     @field_validator("baselines", mode="before")
     @classmethod
     def _names_in_a_text(cls, given: Any) -> Any:
-        given = [name.strip() for name in given.split(",") if name.strip()] if isinstance(given, str) else given
+        given = _listed(given, "baselines", f"names ({', '.join(FITTED)})", (str,))
         for name in given:
             if name not in FITTED:
                 raise ValueError(unknown("baseline", name, FITTED))
@@ -175,6 +178,11 @@ class ComparisonConfig(StrictConfig):
         }
 
     @property
+    def pairs(self) -> int:
+        """Pairs of a large and a small model, over which the verdict corrects its tests; at least 1."""
+        return max(1, len(self.sides["LLM"]) * len(self.sides["SLM"]))
+
+    @property
     def tunes(self) -> bool:
         """Whether any model is tuned."""
         return self.experiment != "baseline" or self.fine_tune_llms
@@ -200,10 +208,22 @@ class ComparisonConfig(StrictConfig):
 
     def window_of(self, model: ModelInstanceConfig) -> int:
         """Tokens of prompt and answer. ValueError where more are asked for than the model has positions."""
+        from nbhelpers import models  # here: the command's help should not wait for transformers
+
         most = models.max_positions(models.load_config(model.name))
         if self.window is not None and most is not None and self.window > most:
             raise ValueError(f"window must be at most {most} tokens for {model.name}, got {self.window}")
         return self.window or min(most or 2048, 2048)
+
+
+def _listed(given: Any, field: str, what: str, kinds: tuple[type, ...]) -> Sequence[Any]:
+    """A list of a config file, or a text with commas as one."""
+    if isinstance(given, str):
+        return [name.strip() for name in given.split(",") if name.strip()]
+    strange = [given] if not isinstance(given, list | tuple) else [one for one in given if not isinstance(one, kinds)]
+    if strange:
+        raise ValueError(f"{field} must be a list of {what}, got {strange[0]!r}")
+    return given
 
 
 def seconds_of(text: str) -> float:

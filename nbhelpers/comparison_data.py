@@ -6,16 +6,21 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbhelpers import break_even, dialogues, label_split, models
+from nbhelpers import break_even, catalogue, dialogues, label_split, models
 from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig
 from nbhelpers.dialogues import Dialogue, Dialogues
 from nbhelpers.label_answers import KINDS
 from nbhelpers.label_split import Split
 from nbhelpers.prompts import Prompts, Wording
 
+UNKNOWN = {"licence": "unknown", "gated": None}
+
 
 class ComparisonData:
-    """Data, parts and prompts of one comparison. A budget may make `train` and `test` smaller and `epochs` fewer."""
+    """Data, parts and prompts of one comparison. A budget may make `train` and `test` smaller and `epochs` fewer.
+
+    shots: drawn training rows; each shows its first label, also where several are right.
+    """
 
     def __init__(self, config: ComparisonConfig, data: Dialogues, split: Split, tokenizers: Mapping[str, Any]) -> None:
         self.config, self.data, self.split, self.tokenizers = config, data, split, tokenizers
@@ -69,13 +74,14 @@ def prepared(config: ComparisonConfig) -> ComparisonData:
     """Read, clean and split the data, and load the tokenizers: what is wrong with data and model names is said here."""
     taking_part = [model for members in config.sides.values() for model in members]
     for model in taking_part:
-        models.load_config(model.name)
+        _can_be_read(model.name)
     data = dialogues.read(
         config.data,
         dialogue_column=config.dialogue_column,
         label_column=config.label_column,
         kind=config.label_kind,
         several=config.several,
+        labels=config.labels,
     )
     split = label_split.split(data, seed=config.seed, mode=config.split, limit_test=config.max_eval_samples)
     if not split.validation and config.tunes:
@@ -87,6 +93,46 @@ def prepared(config: ComparisonConfig) -> ComparisonData:
     for model in taking_part:
         made.prompts(model)
     return made
+
+
+def licences(config: ComparisonConfig) -> dict[str, dict[str, Any]]:
+    """{model: {"licence", "gated"}} of the models that take part, as the catalogue has them.
+
+    licence: "unknown" where it has none. gated: whether the hub asks for consent first; None where that is unknown.
+    """
+    found = {}
+    for model in (model for members in config.sides.values() for model in members):
+        source, known = models.locate(model.name)[0], _known(model.name)
+        if source != "hub":
+            found[model.name] = {"licence": "mit" if source == "bundled" else "unknown", "gated": False}
+        else:
+            found[model.name] = {"licence": known.licence, "gated": known.gated} if known else UNKNOWN
+    return found
+
+
+def _known(name: str) -> catalogue.Entry | None:
+    try:
+        return catalogue.entry(name)
+    except LookupError:
+        return None
+
+
+def _can_be_read(name: str) -> None:
+    """ValueError for a model whose config cannot be read; of a gated one without a token it names what is open."""
+    try:
+        models.load_config(name)
+    except ValueError as error:
+        source, known = models.locate(name)[0], _known(name)
+        gated = known.gated is not False if known else "gated" in str(error).lower()
+        if source != "hub" or not gated or catalogue.token_state() == "present":
+            raise
+        large, small = (", ".join(model.name for model in catalogue.open_set(role)) for role in ("llm", "slm"))
+        asks = "may ask" if known and known.gated is None else "asks"
+        raise ValueError(
+            f"{name!r} {asks} for consent on its hub page ({known.licence if known else 'licence unknown'}) and no "
+            "token is here: set HF_TOKEN in the environment or in Colab's secrets, or take models that ask for none "
+            f"and may be used commercially, large: {large}; small: {small}. What was tried: {error}"
+        ) from error
 
 
 def balanced(rows: Sequence[Dialogue], most: int | None, seed: int) -> tuple[Dialogue, ...]:

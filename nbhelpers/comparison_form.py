@@ -142,7 +142,8 @@ def twin(config: ComparisonConfig, runs: Sequence[Run]) -> Run | None:
 
 def seconds_before(config: ComparisonConfig, runs: Sequence[Run]) -> dict[str, float] | None:
     """Seconds of each state by its key, as the newest run of the same models, rows and epochs here measured them."""
-    same = ("data", "max_eval_samples", "max_train_samples", "epochs", "answers", "method", "device", "batch_size")
+    same = ("data", "labels", "max_eval_samples", "max_train_samples", "epochs")
+    same += ("answers", "method", "device", "batch_size")
     for run in runs:
         before = from_record(run.config) if run.status == "finished" else None
         if before is None or any(getattr(before, name) != getattr(config, name) for name in same):

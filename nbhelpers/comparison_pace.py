@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from nbhelpers import break_even, budget, label_answers, memory, models, training
+from nbhelpers.comparison_answers import WARM_UP
 from nbhelpers.comparison_config import ModelInstanceConfig
 from nbhelpers.comparison_data import ComparisonData
 from nbhelpers.tracking import Interrupted
@@ -31,7 +32,7 @@ def rates(made: ComparisonData, tell: Callable[..., None], should_stop: Stop = N
             loaded, row, taught = _timed(made, model, tunes, should_stop)
             states = 1 + tunes
             loading[key], answering[key] = states * loaded, states * row
-            fixed += row * states * min(config.latency_requests, len(made.test))
+            fixed += row * states * (min(config.latency_requests, len(made.test)) + WARM_UP)
             if tunes or config.ensemble:
                 fixed += row * len(made.validation)
             if tunes:

@@ -205,7 +205,7 @@ class ComparisonPanel(Panel):
             self.before.value = REFUSED.render(text=one_line(error))
             return ""
         self.before.value = before.BEFORE.render(
-            tiles=before.tiles(data, split, config), text=" ".join(before.remarks(data, split))
+            tiles=before.tiles(data, split, config), text=" ".join(before.remarks(data, split, config))
         )
         lacking = [row["name"] for row in rows if row["bytes"] is not None and not row["fits"]]
         large = f"; {', '.join(lacking)} may not fit" if lacking else ""

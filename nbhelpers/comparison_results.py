@@ -61,7 +61,7 @@ def result(
         "paired_tests": verdicts.pairs(outcomes, **options),
         "break_even": _break_even(on, curve, sides["large"]),
         "routing": _routing(answered),
-        "cost": _costs(on, entries),
+        "cost": _costs(on, entries, phases),
         "ensemble": None if combined is None else {k: v for k, v in combined.items() if k != "answers"},
         "phases": list(phases),
         "budget": chosen,
@@ -201,13 +201,16 @@ def _routing(answered: Mapping[str, Answers]) -> dict[str, Any]:
     return found
 
 
-def _costs(on: ComparisonData, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _costs(
+    on: ComparisonData, entries: Mapping[str, Mapping[str, Any]], phases: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     own = {key: one for key, one in entries.items() if one["model_type"] in ("LLM", "SLM")}
     return costs.table(
         own,
         headline=on.headline,
         device=runtime.device_name(on.config.device or runtime.device()),
         price_per_gpu_hour=on.config.price_per_hour,
+        phases=phases,
     )
 
 

@@ -39,6 +39,8 @@ def printed(say: Callable[[str], object] = print) -> Callable[[Mapping[str, Any]
             said = f"{name(at[1])}: {now['right']} of {now['total']} right{came}"
         elif now["stage"] == "budget":
             said = now["says"]
+        elif now["stage"] == "from before":
+            said = f"{name(at[1])}: {now['says']}"
         elif now["stage"] == "tuning" and at != last[0]:
             said = f"{name(at[1])}: tuning, {now['steps']} steps"
         else:

@@ -105,15 +105,15 @@ def read(
     description_column: str | None = None,
     kind: str = "auto",
     several: str = "refuse",
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | str | Path | None = None,
     limit: int | None = None,
 ) -> Dialogues:
     """Dialogues of the hub (None: MedSynth, or a data set's id), "bundled" (generated), or a csv, xlsx, json, jsonl or
     parquet file.
 
     kind: auto takes labels for codes where 9 in 10 are; the others are then left out. several: a cell with more than
-    one label (`E11.9; I10`, or a list) is refused, or any one of them is right. labels: the only ones there are;
-    another one is refused. limit: the first so many rows; what follows is not looked at.
+    one label (`E11.9; I10`, or a list) is refused, or any one of them is right. labels: the only ones there are, or a
+    text file with one a line; another one is refused. limit: the first so many rows; what follows is not looked at.
 
     One dialogue with different labels is a row with all of them where several="any"; else all its rows are left out.
     """
@@ -122,15 +122,16 @@ def read(
             raise LookupError(unknown(name, value, known))
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 row, got {limit}")
+    named = _label_list(labels) if isinstance(labels, str | Path) else labels
     where = HUB if source is None else str(source)
     found = list(_found(where))[:limit]
     given = {"dialogue": dialogue_column, "label": label_column, "description": description_column}
     columns = _columns(found, where, given)
     faults: dict[str, list[str]] = {name: [] for name in FAULTS}
     rows, kind = _usable(found, columns, kind, several, faults)
-    if labels is not None:
-        labels = [icd10.normal(label) if kind == "icd10" else label.strip() for label in labels]
-        _check_known(rows, labels)
+    if named is not None:
+        named = _canonical(named, kind)
+        _check_known(rows, named)
     rows, joined = _unrepeated(rows, several, faults)
     if not rows:
         counted = ", ".join(f"{len(places)} {name}" for name, places in faults.items() if places) or "no rows"
@@ -145,6 +146,7 @@ def read(
     cleaning |= {name: {"rows": len(places), "places": places[:PLACES]} for name, places in faults.items()}
     cleaning |= {"joined": joined, "rows_with_several_labels": sum(len(row.labels) > 1 for row in kept)}
     cleaning |= {"near_duplicates": _near(kept)}
+    cleaning |= {"labels_without_rows": 0 if named is None else len(named - set(seen))}
     cleaning |= {"says": _says(cleaning)}
     for line in cleaning["says"]:
         log.warning("%s: %s", where, line)
@@ -152,7 +154,7 @@ def read(
     return Dialogues(
         rows=kept,
         kind=kind,
-        labels=tuple(seen if labels is None else sorted(set(labels))),
+        labels=tuple(seen if named is None else sorted(named)),
         descriptions=_descriptions(rows),
         source=where,
         generated=where == BUNDLED,
@@ -315,12 +317,30 @@ def _check_labels(rows: Sequence[_Row], column: str | None, several: str) -> Non
         )
 
 
-def _check_known(rows: Sequence[_Row], labels: Sequence[str]) -> None:
-    known = set(labels)
+def _label_list(path: str | Path) -> list[str]:
+    """The labels of a text file, one a line; empty lines are none."""
+    try:
+        lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        lines = []
+    if not any(map(str.strip, lines)):
+        raise ValueError(f"labels must be a text file in UTF-8 with one label a line, {str(path)!r} is none")
+    return [line for line in lines if line.strip()]
+
+
+def _canonical(labels: Iterable[str], kind: str) -> set[str]:
+    """A label list as rows are compared with it. ValueError for what is no code where rows have codes."""
+    for label in labels if kind == "icd10" else ():
+        if not icd10.is_code(label):
+            raise ValueError(f"labels must be codes of ICD-10-CM, as of the rows, got {label[:40]!r}; correct it")
+    return {icd10.normal(label) if kind == "icd10" else label.strip() for label in labels}
+
+
+def _check_known(rows: Sequence[_Row], known: set[str]) -> None:
     strange = [(row, label) for row in rows for label in row.labels if label not in known]
     if strange:
         row, label = strange[0]
-        near = get_close_matches(label, labels, n=1)
+        near = get_close_matches(label, known, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"{row.place} has the label {label[:40]!r}{hint}, which is none of the {len(known)} labels given "
@@ -372,6 +392,8 @@ def _says(cleaning: Mapping[str, Any]) -> list[str]:
     lines = [f"{cleaning[name]['rows']} {words}" for name, words in FAULTS.items() if cleaning[name]["rows"]]
     if joined := cleaning["joined"]["rows"]:
         lines.append(f"{joined} rows joined to {cleaning['joined']['dialogues']} with several labels, any one right")
+    if listed := cleaning["labels_without_rows"]:
+        lines.append(f"{listed} of the labels given stand at no row; they can be answered all the same")
     if near := cleaning["near_duplicates"]["rows"]:
         lines.append(f"{near} rows in {cleaning['near_duplicates']['groups']} groups of near-duplicates, kept together")
     return lines

@@ -46,11 +46,11 @@ class Folder(NamedTuple):
     left_out: list[str]
 
 
-def read(folder: str | Path, *, lenient: bool = False) -> Folder:
+def read(folder: str | Path, *, lenient: bool = False, kind: str = "labels") -> Folder:
     """The interviews of a folder's *.json files, by file name.
 
-    ValueError names every file that is none, a line each; with lenient they are left out and listed. ValueError too
-    for a folder that is not there or holds no interview.
+    ValueError names every file that is none, a line each; with lenient they are left out and listed. kind "icd10": one
+    whose expected label is no code is none. ValueError too for a folder that is not there or holds no interview.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -58,7 +58,7 @@ def read(folder: str | Path, *, lenient: bool = False) -> Folder:
     found, left_out = [], []
     for path in sorted(folder.glob("*.json")):
         try:
-            found.append(_interview(path))
+            found.append(_interview(path, kind))
         except ValueError as error:
             left_out.append(f"{path.name}: {error}")
     if left_out and not lenient:
@@ -71,7 +71,7 @@ def read(folder: str | Path, *, lenient: bool = False) -> Folder:
     return Folder(found, left_out)
 
 
-def _interview(path: Path) -> Interview:
+def _interview(path: Path, kind: str) -> Interview:
     try:
         content = records.read_json(path)
     except ValueError:
@@ -84,6 +84,11 @@ def _interview(path: Path) -> Interview:
         raise ValueError("name must be a text that is not empty")
     if expected is not None and (not isinstance(expected, str) or not expected.strip()):
         raise ValueError("expected_label must be a text that is not empty; leave it out where there is none")
+    if expected is not None and kind == "icd10" and not icd10.is_code(expected):
+        raise ValueError(
+            f"expected_label {expected.strip()[:40]!r} is no code of ICD-10-CM; correct it, or take it out to have the "
+            "interview answered without judging"
+        )
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list with at least one message")
     said = tuple(_message(number, message) for number, message in enumerate(messages, 1))
@@ -133,8 +138,9 @@ def run(
     repeated = next((name for name in models if list(models).count(name) > 1), None)
     if repeated is not None:
         raise ValueError(f"model {repeated!r} is named twice: name it once")
-    found, left_out = read(folder, lenient=lenient)
-    expected = [None if one.expected_label is None else _canonical(one, kind) for one in found]
+    found, left_out = read(folder, lenient=lenient, kind=kind)
+    canonical = icd10.normal if kind == "icd10" else str
+    expected = [None if one.expected_label is None else canonical(one.expected_label) for one in found]
     foreign = [
         one.id
         for one, label in zip(found, expected, strict=True)
@@ -159,14 +165,6 @@ def run(
             _line(one, label, line) for one, label, line in zip(found, expected, lines, strict=True)
         ]
     return result | {"summary": summary(result)}
-
-
-def _canonical(one: Interview, kind: str) -> str:
-    if kind != "icd10":
-        return one.expected_label
-    if not icd10.is_code(one.expected_label):
-        raise ValueError(f"{one.id}.json: expected_label {one.expected_label[:40]!r} is no code of ICD-10-CM")
-    return icd10.normal(one.expected_label)
 
 
 def _line(one: Interview, expected: str | None, line: Mapping[str, Any]) -> dict[str, Any]:

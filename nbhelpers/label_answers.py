@@ -6,6 +6,7 @@ written answer is what a user would see: read for the one label that it names, i
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from nbhelpers import coding_metrics, facts, generation, icd10, memory, models, prompts, scoring
+from nbhelpers import coding_metrics, facts, generation, icd10, memory, models, prompts, scoring, stats
 from nbhelpers.dialogues import Dialogue
 from nbhelpers.evaluate import evaluation_mode
 from nbhelpers.prompts import Prompts, written
@@ -26,18 +27,89 @@ KINDS = ("ranking", "writing")
 
 @dataclass(frozen=True)
 class Speed:
-    """seconds: of answering `dialogues` in batches; prompt_tokens: real tokens read, padding excluded."""
+    """seconds: of answering `dialogues` in batches; prompt_tokens: real tokens read, padding excluded.
+
+    parts: (seconds, prompt tokens) of each part that was timed; what was prepared for all of them is in none.
+    """
 
     seconds: float
     dialogues: int
     prompt_tokens: int
+    parts: Sequence[tuple[float, int]] = ()
 
-    def record(self) -> dict[str, float]:
+    def record(self) -> dict[str, Any]:
         return {
             "seconds_per_dialogue": self.seconds / self.dialogues,
             "dialogues_per_second": self.dialogues / self.seconds,
             "prompt_tokens_per_second": self.prompt_tokens / self.seconds,
+            "spread": self.spread(),
         }
+
+    def spread(self, confidence: float = 0.95) -> dict[str, float | int] | None:
+        """Interval of the seconds a dialogue, from how the parts differ; None with fewer than two.
+
+        {"low", "high", "parts"}. Dialogues of a part are of like length and parts are not, so what is compared is
+        seconds a token: r = sum(s) / sum(t), whose variance is that of a ratio (Cochran 1977, 2.11),
+        K / (K - 1) * sum((s - r t)^2) / sum(t)^2, with Student's t of K - 1, and on a log scale, as no time is below
+        0. A machine that is slower for the whole of one measurement than for that of another is not in it.
+        """
+        count = len(self.parts)
+        if count < 2:
+            return None
+        seconds, tokens = (math.fsum(column) for column in zip(*self.parts, strict=True))
+        rate = seconds / tokens
+        squares = math.fsum((s - rate * t) ** 2 for s, t in self.parts)
+        error = math.sqrt(count / (count - 1) * squares) / tokens
+        times = math.exp(stats.student_t_quantile((1 + confidence) / 2, count - 1) * error / rate)
+        low, high = ((self.seconds - seconds + one) / self.dialogues for one in (seconds / times, seconds * times))
+        return {"low": low, "high": high, "parts": count}
+
+
+class Clock:
+    """Seconds spent in an iterator of answers, not in what is done with what it gives; whole, and of each part.
+
+    The work says where a part may end by asking `should_stop`, as it does between two passes. A part of rankings is a
+    pass; texts are written side by side, so a part of them is at least as many as are at work at a time.
+    """
+
+    def __init__(self, kind: str, tokens: Sequence[int], should_stop: Callable[[], bool] | None = None) -> None:
+        """tokens: of each prompt, by the number that its answer comes with."""
+        self.tokens, self.seconds, self._stop = tokens, 0.0, should_stop
+        self._since = time.perf_counter()
+        self._parts: list[list[float]] = []  # seconds, answers, tokens
+        self._least = generation.MOST_ROWS if kind == "writing" else 1
+
+    def should_stop(self) -> bool:
+        if not self._parts or self._parts[-1][1] >= self._least:
+            self._tick()
+            self._parts.append([0.0, 0, 0])
+        return self._stop is not None and self._stop()
+
+    def running(self, found: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        self._since = time.perf_counter()
+        for number, one in found:
+            self._tick()
+            self._parts[-1][1] += 1
+            self._parts[-1][2] += self.tokens[number]
+            yield number, one
+            self._since = time.perf_counter()
+        self._tick()
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        if self._parts:
+            self._parts[-1][0] += now - self._since
+        self._since = now
+
+    def speed(self) -> Speed:
+        """Of all that was answered; an unfinished last part counts to the one before it."""
+        parts = [list(part) for part in self._parts]
+        if len(parts) > 1 and parts[-1][1] < self._least:
+            last = parts.pop()
+            parts[-1] = [sum(pair) for pair in zip(parts[-1], last, strict=True)]
+        timed = tuple((seconds, tokens) for seconds, _, tokens in parts)
+        return Speed(self.seconds, sum(part[1] for part in parts), sum(part[2] for part in parts), timed)
 
 
 def answered(

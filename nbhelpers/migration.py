@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from nbhelpers import records
+from nbhelpers import records, yaml_files
 from nbhelpers.baselines import BASELINES
 from nbhelpers.comparison_config import ComparisonConfig
 from nbhelpers.errors import one_line
@@ -25,6 +23,7 @@ from nbhelpers.errors import one_line
 SUFFIX, NOTES_SUFFIX = ".migrated.json", ".migrated.notes.json"
 SECTIONS = ("model", "training", "data", "evaluation", "experiment", "paths", "logging")
 MODEL_FIELDS = ("size", "description", "load_in_4bit", "load_in_8bit", "dtype")
+QUANTISED = ("load_in_4bit", "load_in_8bit")
 LLM_KEYS = ("baseline_llms", "baseline_llm_names", "baseline_llm_name", "baseline_llm", "llm_name")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16"}
 RENAMED = {  # old key -> field of today
@@ -85,12 +84,7 @@ class Migrated:
 def read(path: str | Path) -> Any:
     """What a JSON or YAML file holds; ValueError in one line where it is neither."""
     path = Path(path)
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        return records.read_json(path)
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not valid YAML ({' '.join(str(error).split())}): restore it") from error
+    return yaml_files.read(path) if path.suffix.lower() in (".yaml", ".yml") else records.read_json(path)
 
 
 def write(path: str | Path, *, slm_name: str | None = None, percent: bool | None = None) -> tuple[Path, Migrated]:
@@ -158,6 +152,7 @@ def _config(document: Mapping) -> Migrated:
         places = [place for key in keys for place in left if place[1] == key]
         return left.pop(places[0]) if places else None
 
+    everywhere = {name: take(name) for name in QUANTISED}
     large = [model for key in LLM_KEYS for model in _listed(take(key))]
     shared = {name: take(f"baseline_llm_{name}") for name in MODEL_FIELDS}
     if large:
@@ -179,6 +174,7 @@ def _config(document: Mapping) -> Migrated:
                 notes.append(f"{key} is called {name} now")
         else:
             unknown[f"{section}.{key}" if section else key] = value
+    _for_every_model(everywhere, made, notes)
     targets = made.pop("lora_target_modules", None)
     for model in made.get("slm_models", []) if targets else ():
         if isinstance(model, dict):
@@ -188,11 +184,26 @@ def _config(document: Mapping) -> Migrated:
     return Migrated("config", made, tuple(notes), unknown)
 
 
+def _for_every_model(given: Mapping[str, Any], made: dict[str, Any], notes: list[str]) -> None:
+    """What stands once beside the models in the old file holds for each that does not say otherwise itself."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for side in ("llm_models", "slm_models") if given else ():
+        models = [{"name": one} if isinstance(one, str) else one for one in _listed(made.get(side))]
+        silent = [one for one in models if isinstance(one, dict) and not {*QUANTISED} & {*one}]
+        for model in silent:
+            model |= given
+        if silent:
+            made[side] = models
+            said = " and ".join(f"{name}: {str(value).lower()}" for name, value in given.items())
+            names = ", ".join(str(model.get("name")) for model in silent)
+            notes.append(f"{said} stands at each of {side} now that had neither: {names}")
+
+
 def _checked(made: Mapping[str, Any]) -> Iterator[str]:
     """What a user should look at before this config is run."""
     for side in ("llm_models", "slm_models"):
         for model in made.get(side) or ():
-            if isinstance(model, dict) and not {"load_in_4bit", "load_in_8bit"} & set(model):
+            if isinstance(model, dict) and not {*QUANTISED} & {*model}:
                 yield f"{model['name']}: load_in_4bit is not in the old file; today it is then false"
     try:
         ComparisonConfig(**made)

@@ -183,6 +183,7 @@ def _trained(entry: Mapping[str, Any]) -> list[str]:
     rows = {
         "method": how.get("method") or ("lora" if how.get("lora_rank") else None),
         "training rows": how.get("rows"),
+        "training dialogues that were cut": how.get("truncated"),
         "optimizer steps": how.get("steps"),
         "epochs": how.get("epochs"),
         "learning rate (peak)": how.get("learning_rate"),

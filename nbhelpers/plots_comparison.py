@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nbhelpers.plots import _short
 from nbhelpers.stats import digits
@@ -148,6 +148,11 @@ def gigabytes(count: float) -> str:
     return f"{count / 2**30:.3g} GB" if count >= 0.95 * 2**30 else f"{count / 2**20:.3g} MB"
 
 
+def percent(value: float) -> str:
+    """`84.4 %` of a share."""
+    return f"{100 * value:.1f} %"
+
+
 def plain_text(name: object) -> str:
     """A name as matplotlib shows it: nobody's dollar sign begins a formula."""
     return str(name).replace("$", r"\$")
@@ -160,6 +165,12 @@ def new_figure(result: Mapping[str, Any], narrow: bool, height: float) -> Figure
         figure.get_layout_engine().set(rect=(0, 0.22 / height, 1, 1 - 0.22 / height))  # room below for the stamp
         figure.text(0.995, 0.01, STAMP, ha="right", va="bottom", fontsize=8, color=GREY)
     return figure
+
+
+def in_percent(axis, label: str) -> None:
+    """Name an axis of shares and count it in percent; the sign stands once, which leaves room on a phone."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _at: f"{round(100 * value, 6):g}"))
+    axis.set_label_text(f"{label}, %")
 
 
 def share_axis(axes, highest: float = 1.0) -> None:
@@ -207,20 +218,20 @@ def accuracy(result: Mapping[str, Any], narrow: bool = False) -> Figure:
             **look[key],
         )
         ends += [entry[measure], *(ends_of or ())]
-        said = f"{entry[measure]:.2f}"
+        said = percent(entry[measure])
         if ends_of and not narrow:
-            said += f"  [{ends_of[0]:.2f}, {ends_of[1]:.2f}]"
+            said += f"  [{100 * ends_of[0]:.1f}, {100 * ends_of[1]:.1f}]"
         axes.annotate(
             said, (1, y), (6, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center",
             fontsize=9, annotation_clip=False,
         )  # fmt: skip
     chance = result["data"].get("chance")
     if chance is not None:
-        axes.axvline(chance, color=GREY, linewidth=1.1, linestyle=(0, (1, 3)), label=f"guessing: {digits(chance)}")
+        axes.axvline(chance, color=GREY, linewidth=1.1, linestyle=(0, (1, 3)), label=f"guessing: {percent(chance)}")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, frameon=False, fontsize=8.5)
     row_labels(axes, rows)
     share_axis(axes, top_of_axis(ends))
-    axes.set_xlabel(MEASURES.get(measure, measure) if not narrow else MEASURE_NAMES.get(measure, measure))
+    in_percent(axes.xaxis, MEASURES.get(measure, measure) if not narrow else MEASURE_NAMES.get(measure, measure))
     return figure
 
 
@@ -284,7 +295,7 @@ def _bars_by(result: Mapping[str, Any], part: str, field: str, narrow: bool, nam
     axes.set_ylim(len(places) * step - 0.3, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     share_axis(axes, top_of_axis(ends))
-    axes.set_xlabel(MEASURE_NAMES.get(result["headline"], result["headline"]) + ", bars of 95 %")
+    in_percent(axes.xaxis, MEASURE_NAMES.get(result["headline"], result["headline"]))
     names = [full_name(result["models"][key], LONGEST if narrow else 80) for key in pair]
     handles = [
         Line2D([], [], color=look[key]["color"], linewidth=7, label=plain_text(name))

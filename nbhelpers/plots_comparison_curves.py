@@ -8,7 +8,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
 
 from nbhelpers.plots import _plain
 from nbhelpers.plots_comparison import (
@@ -19,6 +18,7 @@ from nbhelpers.plots_comparison import (
     NotMeasured,
     best,
     full_name,
+    in_percent,
     legend_above,
     looks,
     new_figure,
@@ -56,7 +56,7 @@ def break_even(result: Mapping[str, Any], narrow: bool = False) -> Figure:
     top = max(one["high"] for one in [*points, line])
     axes.set_ylim(0, min(1.04, 1.12 * top))
     axes.set_xlabel("labelled dialogues it was tuned on")
-    axes.set_ylabel(MEASURE_NAMES.get(result["headline"], result["headline"]))
+    in_percent(axes.yaxis, MEASURE_NAMES.get(result["headline"], result["headline"]))
     axes.grid(axis="y", color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
     _plain(axes)
@@ -122,28 +122,35 @@ def routing(result: Mapping[str, Any], narrow: bool = False) -> Figure:
         axes.plot(coverage, precision, color=color, linewidth=1.7, label="_curve")
         for mark, point in zip("ovs^DP", found[key]["points"], strict=False):
             test = point["test"]
-            if test and test["coded"]:
+            if marked(point):
                 axes.plot((test["coverage"],) * 2, (test["low"], test["high"]), color=color, linewidth=1, alpha=0.6)
                 axes.plot(test["coverage"], test["precision"], mark, color=color, markersize=8, label="_chosen",
                           markeredgecolor="white", zorder=4)  # fmt: skip
     wanted = [point["wanted"] for point in found[keys[0]]["points"]]
+    there = [any(marked(found[key]["points"][at]) for key in keys) for at in range(len(wanted))]
     for value in wanted:
         axes.axhline(value, color=GREY, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
     names = [_named(result, key, narrow) for key in keys]
     handles = [Line2D([], [], color=look[key]["color"], label=name) for key, name in zip(keys, names, strict=True)]
     handles += [
-        Line2D([], [], color="#444444", marker=mark, linestyle="none", markersize=7, label=f"wanted {value:.0%}")
-        for mark, value in zip("ovs^DP", wanted, strict=False)
+        Line2D(
+            [], [], color="#444444", marker=mark, linestyle="none", markersize=7, label=f"wanted {100 * value:.0f} %"
+        )
+        for mark, value, shown in zip("ovs^DP", wanted, there, strict=False)
+        if shown
     ]
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.04)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("dialogues coded without a person")
-    axes.set_ylabel("of them rightly")
+    in_percent(axes.xaxis, "dialogues coded without a person")
+    in_percent(axes.yaxis, "of them rightly")
     _plain(axes)
     legend_above(figure, handles, 1 if narrow else 3)
     return figure
+
+
+def marked(point: Mapping[str, Any]) -> bool:
+    """Whether a threshold was found that takes any test row."""
+    return bool(point["test"] and point["test"]["coded"])
 
 
 def calibration(result: Mapping[str, Any], narrow: bool = False) -> Figure:
@@ -162,10 +169,8 @@ def calibration(result: Mapping[str, Any], narrow: bool = False) -> Figure:
     handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle=(0, (1, 3)), label="as certain as right"))
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.04)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("how certain it was" + ("" if narrow else " (a point is a tenth of the test rows)"))
-    axes.set_ylabel("how often it was right")
+    in_percent(axes.xaxis, "how certain it was" + ("" if narrow else " (a point is a tenth of the test rows)"))
+    in_percent(axes.yaxis, "how often it was right")
     _plain(axes)
     legend_above(figure, handles, 1)
     return figure

@@ -23,12 +23,14 @@ from nbhelpers.plots_comparison import (
     best,
     cut,
     gigabytes,
+    in_percent,
     interval,
     legend_above,
     looks,
     new_figure,
     parameters_said,
     peak_memory,
+    percent,
     plain_text,
     short,
     top_of_axis,
@@ -63,12 +65,12 @@ def size(result: Mapping[str, Any], narrow: bool = False) -> Figure:
     if baseline:
         value = result["models"][baseline][measure]
         axes.axhline(value, color=GREY, linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
-        _end_label(axes, value, f"{short(result['models'][baseline])}: {value:.2f}")
+        _end_label(axes, value, f"{short(result['models'][baseline])}: {percent(value)}")
     _log_sizes(axes, [x for x, *_ in points])
     top = top_of_axis([y for _, y, *_ in points] + ([value] if baseline else []), 1.2)
     axes.set_ylim(-0.12 * top, top)  # whole bubbles and their names also at 0
     axes.set_xlabel("parameters")
-    axes.set_ylabel(MEASURE_NAMES.get(measure, measure))
+    in_percent(axes.yaxis, MEASURE_NAMES.get(measure, measure))
     axes.grid(axis="y", color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
     _plain(axes)
@@ -107,7 +109,7 @@ def cost(result: Mapping[str, Any], narrow: bool = False) -> Figure:
         axes.set_xlim(0, 1.25 * most * unit)
     axes.set_ylim(0, top_of_axis(ends))
     axes.set_xlabel(f"{name} for 1,000 dialogues")
-    axes.set_ylabel(MEASURE_NAMES.get(measure, measure))
+    in_percent(axes.yaxis, MEASURE_NAMES.get(measure, measure))
     axes.grid(color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
     _plain(axes)

@@ -8,9 +8,9 @@ from typing import Any
 
 from jinja2 import Environment
 
-from nbhelpers import comparison_report, plots, plots_comparison, report, sparsity_report
+from nbhelpers import comparison_report, comparison_tables, plots, plots_comparison, report, sparsity_report, verdicts
 from nbhelpers.analysis import ExperimentAnalyzer
-from nbhelpers.collection import Experiment
+from nbhelpers.collection import Experiment, flat
 from nbhelpers.ledger import Ledger
 from nbhelpers.records import write_atomic
 from nbhelpers.redaction import Redactor
@@ -21,6 +21,26 @@ NAME = "report.html"
 MOST_ROWS = 500  # runs in the tables
 MOST_RUNS = 60  # runs with a part of their own, the newest
 MOST_LETTERS = 300  # of an error
+ALWAYS = ("model", "task")  # of a config, also where all runs of a kind have the same
+MEASURES = {  # numbers of kinds that the comparison of runs does not show by itself, as people call them
+    "n": "rows",
+    "acc": "accuracy",
+    "acc_norm": "accuracy (length-normalised)",
+    "exact_match": "exact match",
+    "answer/best_large/accuracy": "best large model",
+    "answer/best_small/accuracy": "best small model",
+    "answer/difference/mean": "small minus large",
+}
+RUN = """<p>{{ run.headline }}</p>
+{% if run.error %}<p class="failed">{{ run.error }}</p>{% endif %}
+{% if run.generated %}<p class="note">On text or rows that this project generated itself.</p>{% endif %}
+{% if run.figure %}<div class="wide"><img{% if run.stages %} class="stages"{% endif %} alt="{{ run.headline }}" \
+src="data:image/png;base64,{{ run.figure }}"></div>{% endif %}
+{% if run.checks %}<ul>{% for check in run.checks %}<li{% if not check.ok %} class="failed"{% endif %}>\
+{{ "holds" if check.ok else "FAILED" }}: {{ check.says }} <span class="note">({% for fact in check.seen %}\
+{% if fact.model %}{{ fact.model }}: {% endif %}{{ fact.saw }}{% if not loop.last %}; {% endif %}{% endfor %})</span>\
+</li>{% endfor %}</ul>{% endif %}
+<p class="note">Folder: <code>{{ run.folder }}</code></p>"""
 
 PAGE = (
     """<!doctype html>
@@ -32,6 +52,7 @@ body { max-width: 62rem } p, li { overflow-wrap: anywhere } .wide { overflow-x: 
 table { border-collapse: collapse; font-size: .86rem; white-space: nowrap }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #e4e4e4; vertical-align: top }
 th { color: #555; font-weight: 600 } td.n { text-align: right; font-variant-numeric: tabular-nums }
+@media (max-width: 600px) { img.stages { max-width: none; width: 36rem } }
 section { border-top: 1px solid #e4e4e4; margin-top: 1.6rem } section h3 { font-size: 1rem; margin: .9rem 0 .2rem }
 </style></head><body><h1>{{ title }}</h1>
 <p>{{ covered }}</p>
@@ -40,12 +61,13 @@ section { border-top: 1px solid #e4e4e4; margin-top: 1.6rem } section h3 { font-
 <div class="wide"><table><tr>{% for name in kind.names %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in kind.rows %}<tr>{% for cell in row %}<td{% if loop.index0 >= kind.numbers %} class="n"{% endif %}>\
 {{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>{% if kind.more %}<p class="note">{{ kind.more }} earlier ones are not shown.</p>{% endif %}
+{% endfor %}</table></div>{% if kind.more %}<p class="note">{{ kind.more }} earlier \
+{{ "one is" if kind.more == 1 else "ones are" }} not shown.</p>{% endif %}
 {% endfor %}
-<h2>Run by run</h2>{% if left_out %}<p class="note">The newest {{ runs|length }}; {{ left_out }} earlier ones stand in \
-the tables alone.</p>{% endif %}
+<h2>Run by run</h2>{% if left_out %}<p class="note">The newest {{ runs|length }}; {{ left_out }} earlier \
+{{ "one stands" if left_out == 1 else "ones stand" }} in the tables alone.</p>{% endif %}
 {% for run in runs %}<section><h3>{{ run.title }}</h3>"""
-    + report.RUN
+    + RUN
     + """{% if run.see %}<p class="note"><a href="{{ run.see }}">its own report</a></p>{% endif %}</section>{% endfor %}
 {% if problems %}<h2>What could not be read</h2><ul>{% for line in problems %}<li>{{ line }}</li>{% endfor %}</ul>\
 {% endif %}</body></html>
@@ -87,7 +109,7 @@ def page(analyzer: ExperimentAnalyzer, folder: Path) -> str:
         .render(
             title=f"Runs in {folder.resolve().name}",
             covered=f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {counted(run.status for run in runs)}.",
-            generated="" if not own else "All of it" if own == len(runs) else f"{own} of {len(runs)} runs",
+            generated=f"{own} of {len(runs)} {'runs is' if own == 1 else 'runs are'}" if own else "",
             kinds=[_table(analyzer.filter(kind=kind), kind) for kind in kinds],
             runs=[_part(run, analyzer.label(run), folder) for run in newest],
             left_out=len(runs) - len(newest),
@@ -98,7 +120,7 @@ def page(analyzer: ExperimentAnalyzer, folder: Path) -> str:
 
 def _table(view: ExperimentAnalyzer, kind: str) -> dict[str, Any]:
     """Runs of one kind, the newest first: what sets them apart, and the numbers of those that finished."""
-    rows, runs = view.get_comparison_table()[::-1], view.experiments[::-1]
+    rows, runs = _rows(view)[::-1], view.experiments[::-1]
     measures = set(view.metrics()) - {name for run in runs for name in run.config}
     names = [name for name in rows[0] if name not in measures] + [name for name in rows[0] if name in measures]
     filled = [
@@ -112,11 +134,31 @@ def _table(view: ExperimentAnalyzer, kind: str) -> dict[str, Any]:
     ]
     return {
         "name": kind.replace("_", " "),
-        "names": [name.replace("_", " ") for name in filled],
+        "names": [_named(name) for name in filled],
         "rows": cells,
         "numbers": sum(name not in measures for name in filled),
         "more": max(0, len(rows) - MOST_ROWS),
     }
+
+
+def _rows(view: ExperimentAnalyzer) -> list[dict[str, Any]]:
+    """What the comparison of runs shows, and what they are of and measured also where it is one run."""
+    usual = [name for name in view.get_comparison_table()[0] if name != "run"]
+    said = {name for run in view.experiments for name, value in flat(run.config).items() if isinstance(value, str)}
+    there = set(view.metrics())
+    first = [name for name in ("status", "kind") if name in usual]
+    of = [name for name in ALWAYS if name in said]
+    found = [name for name in MEASURES if name in there]
+    return view.get_comparison_table(list(dict.fromkeys([*first, *of, *usual, *found])))
+
+
+def _named(name: str) -> str:
+    """`perplexity, fine-tuned` of fine_tuned/perplexity."""
+    if name in MEASURES:
+        return MEASURES[name]
+    stage, _, measure = name.rpartition("/")
+    said = measure.removesuffix("_percent").replace("_", " ") + (", %" if measure.endswith("_percent") else "")
+    return said + (f", {stage.replace('fine_tuned', 'fine-tuned').replace('_', ' ')}" if stage else "")
 
 
 def _cell(name: str, value: Any, measured: bool, run: Experiment) -> str:
@@ -129,6 +171,11 @@ def _cell(name: str, value: Any, measured: bool, run: Experiment) -> str:
 
 def _part(run: Experiment, title: str, folder: Path) -> dict[str, Any]:
     found = report.run_entry(run)
+    found |= {
+        "checks": comparison_tables.checks(found["facts"], verdicts.name),
+        "generated": run.result and run.generated,
+    }
+    found["stages"] = bool(found.get("figure"))
     if found.get("error"):
         found["error"] = Redactor().text(found["error"])[:MOST_LETTERS]
     if run.kind == "comparison" and run.result:

@@ -113,6 +113,7 @@ TRAINED = {
     "steps": 120,
     "epochs": 3.0,
     "rows": sum(TRAIN.values()),
+    "truncated": 0,
     "seconds": 1380.0,
     "tokens_per_second": 2150.0,
     "trainable_parameters": 24_300_000,

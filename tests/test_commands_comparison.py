@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -36,12 +38,16 @@ def test_a_comparison_by_command_leaves_results_and_a_report(done):
     assert found["kind"] == "comparison" and found["models"]["SLM_tiny-llama_finetuned"]["n_samples"] == 32
     assert {"results.json", "result.json", "report.html", "manifest.json"} <= {path.name for path in out.iterdir()}
     assert found["data"]["generated"] is True
+    assert found["licences"]["tiny-llama"] == {"licence": "mit", "gated": False}
+    assert set(found["licences"]) == {"small-llama", "tiny-llama"}
 
 
 def test_for_people_the_verdict_stands_first_and_generated_data_are_stamped(done):
     _, out = done
     again = call("compare", "run", "--model-slm", "tiny-llama", *TINY, "--out", out.parent / "again")
     assert again.exit_code == 0, again.stderr
+    said = [f"{name}: licence mit, not gated" for name in ("small-llama", "tiny-llama")]
+    assert again.stderr.splitlines()[:2] == said, "licence and gate stand in the first lines"
     lines = again.stdout.splitlines()
     assert "specialisation" in lines[0].lower()
     assert "All of this on dialogues that this project generated itself." in lines
@@ -75,6 +81,9 @@ def test_options_win_over_the_config_file_and_the_file_over_defaults(tmp_path, m
         ("epohcs: 5\n", "Did you mean 'epochs'"),
         ("- a\n- b\n", "must be a mapping of fields, got list"),
         ("a: [\n", "is not valid YAML"),
+        ("llm_models: 5\n", "llm_models must be a list of names, or of entries with a name, got 5"),
+        ("baselines: 5\n", "baselines must be a list of names (majority, nearest, tfidf_linear), got 5"),
+        ("5: x\n", "unknown field '5'"),
     ],
 )
 def test_a_config_file_with_a_mistake_is_refused_in_one_line(tmp_path, text, says):
@@ -90,6 +99,16 @@ def test_4_bits_without_models_to_load_so_is_refused(tmp_path):
     assert result.exit_code == 2 and "--slm-4bit is for models of --model-slm" in result.stderr
 
 
+def test_the_help_imports_no_model_library_and_says_nothing_on_stderr():
+    code = (
+        "import sys\nfrom nbhelpers import cli\nsys.argv = ['nbhelpers', 'compare', 'run', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "print('heavy', sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy []" and done.stderr == ""
+
+
 def test_every_field_of_the_config_can_be_set_by_command():
     from nbhelpers.comparison_config import ComparisonConfig
 
@@ -98,6 +117,7 @@ def test_every_field_of_the_config_can_be_set_by_command():
         CliRunner().invoke(cli.build(["compare", "run"]), ["compare", "run", "--help"], env={"COLUMNS": "300"}).stdout
     )
     named = {"llm_models": "--model-llm", "slm_models": "--model-slm", "cache": "--force-recompute"}
+    assert "(default: full)" in text, "what stands in [] is markup and would not be shown"
     for field in ComparisonConfig.model_fields:
         assert named.get(field, f"--{field.replace('_', '-')}") in text, field
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbhelpers import (
+    catalogue,
     comparison_answers,
     comparison_data,
     comparison_said,
@@ -96,7 +97,9 @@ def test_results_have_an_entry_for_each_state_and_baseline(done):
         "BASELINE_tfidf_linear",
         "ENSEMBLE_small-llama_tiny-llama",
     }
-    assert results(result)["ENSEMBLE_small-llama_tiny-llama"]["model"] == "small-llama + tiny-llama"
+    together = results(result)["ENSEMBLE_small-llama_tiny-llama"]
+    assert together["model"] == "small-llama + tiny-llama"
+    assert together["exact_match_accuracy"] is together["no_valid_answer"] is None, "it ranks, and writes nothing"
 
 
 def test_an_entry_says_what_it_is_and_what_was_measured(done):
@@ -375,7 +378,17 @@ def test_a_budget_chooses_rows_and_says_what_they_can_tell(dialogues_file, tmp_p
     assert expected["SLM_tiny-llama_finetuned"] > expected["SLM_tiny-llama_zero_shot"] > 0
     assert expected["BASELINE_majority"] is None
     with pytest.raises(ValueError, match="a budget of .* is too short"):
-        Comparison.run(asked.model_copy(update={"budget": "1s"}), root=tmp_path / "short")
+        Comparison.run(asked.model_copy(update={"budget": "1s"}), run_dir=tmp_path / "short" / "run")
+    assert not (tmp_path / "short").exists(), "a refused budget leaves nothing that would refuse the next try"
+    again = Comparison.run(asked, run_dir=tmp_path / "short" / "run")
+    assert Path(again["run_dir"], "budget.json").is_file() and again["budget"]["test_rows"] == 18
+
+
+def test_a_folder_that_is_taken_is_refused_before_rates_are_measured(dialogues_file, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("x")
+    monkeypatch.setattr(models, "load_model", no_model)
+    with pytest.raises(ValueError, match="is not empty: choose another folder"):
+        Comparison.run(config(dialogues_file, budget="9m"), run_dir=tmp_path)
 
 
 def test_the_same_budget_again_chooses_from_before_and_loads_no_model(dialogues_file, tmp_path, monkeypatch):
@@ -427,6 +440,87 @@ def test_shots_stand_in_every_prompt_and_are_not_taught(dialogues_file):
     assert all(row.text in on.prompts(on.config.slm_models[0]).text("x") for row in on.shots)
 
 
+def test_a_shot_of_a_row_with_several_labels_shows_its_first(tmp_path):
+    file = tmp_path / "several.jsonl"
+    rows = [
+        {"dialogue": f"Patient: It is number {n}, {n} times.", "label": ["b", "a"][:: 1 - 2 * (n % 2)]}
+        for n in range(12)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    on = comparison_data.prepared(config(file, shots=2, several="any", max_train_samples=None, window=400))
+    assert [label for _, label in on.wording().shots] == [row.labels[0] for row in on.shots]
+
+
+# ------------------------------------------------------------------------------------------------ a list of labels
+
+
+@pytest.fixture(scope="session")
+def listed(dialogues_file, tmp_path_factory):
+    """A text file with the six codes of the dialogues and one that no row has."""
+    codes = sorted({row.labels[0] for row in comparison_data.prepared(config(dialogues_file)).data.rows})
+    path = tmp_path_factory.mktemp("labels") / "codes.txt"
+    path.write_text("\n".join([*codes, "Z99.9"]))
+    return path
+
+
+def test_every_label_of_the_list_is_ranked_also_one_that_no_row_has(dialogues_file, listed, tmp_path):
+    asked = config(dialogues_file, labels=str(listed), experiment="baseline", answers="ranking", max_eval_samples=4)
+    result = Comparison.run(asked, root=tmp_path)
+    assert result["data"]["labels"] == 7 and result["data"]["chance"] == pytest.approx(1 / 7)
+    for key in ("LLM_small-llama_untrained", "BASELINE_nearest"):
+        assert all(len(line["ranked"]) == 7 and "Z999" in line["ranked"] for line in lines_of(result, key))
+    assert "1 of the labels given stand at no row" in " ".join(result["data"]["cleaning"]["says"])
+    run = read_run(result["run_dir"])
+    assert run.config["labels"] == str(listed) and "labels" in run.manifest["fingerprints"]
+
+
+def test_another_label_list_is_not_answered_from_before(dialogues_file, listed):
+    identities = []
+    for one in (config(dialogues_file), config(dialogues_file, labels=str(listed))):
+        on = comparison_data.prepared(one)
+        asking = comparison_answers.Asking("k", one.slm_models[0], on.prompts(one.slm_models[0]), {}, ())
+        identities.append(comparison_answers.identity(asking, one)["prompts"]["answers"])
+    assert identities[0] != identities[1]
+
+
+# ------------------------------------------------------------------------------------------------ licences and gates
+
+
+def test_licence_and_gate_are_those_of_the_catalogue_and_unknown_where_it_has_none(tmp_path):
+    (tmp_path / "own").symlink_to(models.locate("tiny-llama")[1])
+    names = ["Llama-3.1-8B-Instruct", "owner/model", str(tmp_path / "own")]
+    found = comparison_data.licences(ComparisonConfig(llm_models=names, slm_models="tiny-llama"))
+    assert found == {
+        "Llama-3.1-8B-Instruct": {"licence": "llama3.1", "gated": True},
+        "owner/model": {"licence": "unknown", "gated": None},
+        str(tmp_path / "own"): {"licence": "unknown", "gated": False},
+        "tiny-llama": {"licence": "mit", "gated": False},
+    }
+    assert "owner/model" not in comparison_data.licences(ComparisonConfig(llm_models=names, experiment="training"))
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "reason", "offered"),
+    [
+        ("Llama-3.1-8B-Instruct", "absent", "cannot load it", True),
+        ("owner/model", "absent", "You are trying to access a gated repo", True),
+        ("Llama-3.1-8B-Instruct", "present", "cannot load it", False),
+        ("owner/model", "absent", "no such repository", False),
+        ("Qwen2.5-7B-Instruct", "absent", "no connection", False),
+    ],
+)
+def test_a_gated_model_without_a_token_is_refused_with_what_is_open(monkeypatch, name, token, reason, offered):
+    def refused(_):
+        raise ValueError(reason)
+
+    monkeypatch.setattr(models, "load_config", refused)
+    monkeypatch.setattr(catalogue, "token_state", lambda: token)
+    with pytest.raises(ValueError, match=reason) as error:
+        comparison_data.prepared(ComparisonConfig(llm_models=name))
+    free = [model.name for role in ("llm", "slm") for model in catalogue.open_set(role)]
+    assert ("set HF_TOKEN" in str(error.value)) is offered and all((one in str(error.value)) is offered for one in free)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -434,6 +528,7 @@ def test_shots_stand_in_every_prompt_and_are_not_taught(dialogues_file):
     ("fields", "says"),
     [
         ({"label_column": "code"}, "code"),
+        ({"labels": "nowhere.txt"}, "nowhere.txt"),
         ({"llm_models": "smal-llama"}, "Did you mean 'small-llama'"),
         ({"data": "talks.pdf"}, "talks.pdf"),
         ({"shots": 20, "max_train_samples": 200, "data": "bundled", "window": 256}, "give fewer shots"),
@@ -443,7 +538,7 @@ def test_shots_stand_in_every_prompt_and_are_not_taught(dialogues_file):
 )
 def test_what_cannot_be_run_is_said_before_a_run_directory_exists(dialogues_file, tmp_path, monkeypatch, fields, says):
     monkeypatch.setattr(models, "load_model", no_model)
-    with pytest.raises((ValueError, LookupError)) as error:
+    with pytest.raises((ValueError, LookupError, OSError)) as error:
         Comparison.run(config(dialogues_file, **fields), root=tmp_path)
     assert says in str(error.value) and not list(tmp_path.iterdir())
 

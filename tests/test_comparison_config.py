@@ -45,6 +45,13 @@ def test_models_may_be_given_by_name_as_a_list_or_as_one_text():
         ({"budget": "90"}, "budget must be a time such as 90m or 2h, got '90'"),
         ({"ensemble": True, "answers": "writing"}, "ensemble combines rankings of both sides"),
         ({"epochs": 0}, "epochs"),
+        ({"llm_models": 5}, "llm_models must be a list of names, or of entries with a name, got 5"),
+        ({"slm_models": [5, "x"]}, "slm_models must be a list of names, or of entries with a name, got 5"),
+        ({"llm_models": {"name": "x"}}, "llm_models must be a list of names, or of entries with a name, got {'name'"),
+        ({"baselines": 5}, "baselines must be a list of names (majority, nearest, tfidf_linear), got 5"),
+        ({"baselines": {"majority": True}}, "baselines must be a list of names (majority, nearest, tfidf_linear), got"),
+        ({"baselines": None}, "baselines must be a list of names (majority, nearest, tfidf_linear), got None"),
+        ({"labels": ["a", "b"]}, "labels must be a valid string, got ['a', 'b']"),
         ({"price_per_hour": -1}, "price_per_hour"),
     ],
 )

@@ -109,7 +109,7 @@ def test_every_entry_stands_in_the_table_with_its_numbers_and_none_is_a_dash_nev
         assert (
             row["top-1"] == f"{100 * entry['top_1_accuracy']:.1f} % [{100 * ends['low']:.1f}, {100 * ends['high']:.1f}]"
         )
-        assert row["n"] == "96" and row["precision"] == (entry["precision"] or "-")
+        assert row["rows"] == "96" and row["precision"] == (entry["precision"] or "-")
         assert row["top-5"] == f"{100 * entry['top_5_accuracy']:.1f} %"
         wrote = entry["no_valid_answer"]
         assert row["no valid answer"] == ("-" if wrote is None else f"{wrote} of 96")
@@ -131,12 +131,32 @@ def test_speed_memory_and_waiting_stand_beside_each_model(written):
     assert len(table) == 1 + 6, "what needs no language model is not in it"
 
 
+def test_licence_and_gate_of_each_model_stand_beside_it_and_nothing_in_older_results():
+    found = {"a/b-3B": {"licence": "llama3.2", "gated": True}, "tiny": {"licence": "mit", "gated": False}}
+    found |= {"/home/x/mine": {"licence": "unknown", "gated": None}}
+    assert comparison_tables.licences({"licences": found})[1] == [
+        ["b-3B", "llama3.2", "asks for consent on its hub page"],
+        ["tiny", "mit", "none"],
+        ["mine", "unknown", "unknown"],
+    ]
+    assert comparison_tables.licences({})[1] == []
+
+
+def test_where_answers_came_from_is_what_the_run_says_not_what_is_kept_with_them():
+    result = planted.result()
+    key = next(key for key in result["models"] if key.startswith("LLM_"))
+    result["phases"] = [{"model": key, "came": "cached", "name": "llm_evaluation", "seconds": 1.0}]
+    came = {line[0]: line[-1] for line in comparison_tables.effort(result)[1]}
+    assert came[comparison_tables.full_name(result["models"][key])] == "the cache"
+    assert "this run" in came.values(), "no word of the run: what stands with the answers"
+
+
 def test_paired_tests_are_those_of_the_answer_and_all_pairs_with_holms_correction(written):
     made = planted.result()
     decisive, everything = (table for table in Page(written).tables if "p (Holm)" in table[0])
     assert len(decisive) == 1 + 4 and len(everything) == 1 + 45
     test = made["answer"]["tests"][0]
-    assert decisive[1][0] == "Llama-3.2-3B-Instruct (fine-tuned) - Llama-3.1-8B-Instruct (not fine-tuned)"
+    assert decisive[1][0] == "Llama-3.2-3B-Instruct (fine-tuned) against Llama-3.1-8B-Instruct (not fine-tuned)"
     assert decisive[1][2:4] == [str(test["only_a"]), str(test["only_b"])]
     assert decisive[1][1].startswith(f"{100 * test['difference']['mean']:+.1f} [")
 
@@ -169,8 +189,58 @@ def test_a_failed_check_is_said_at_the_top_and_stands_in_red(undrawn):
     made["facts"][1] |= {"ok": False, "saw": "3 exact, 0 near", "model": SMALL}
     words = Page(page(made)).words
     assert words.index("1 of 2 checks FAILED") < words.index("How good is each?")
-    assert "FAILED: no row is on both sides of the split (Llama-3.2-3B-Instruct (fine-tuned)) 3 exact" in words
+    failed = "FAILED: no row is on both sides of the split Llama-3.2-3B-Instruct (fine-tuned): 3 exact"
+    assert failed in words and words.index(failed) < words.index("holds: ")
     assert '<li class="failed">FAILED' in page(made)
+
+
+def test_a_claim_that_was_checked_of_several_models_stands_once(undrawn):
+    made = planted.result()
+    made["facts"] = [made["facts"][0] | {"model": key, "saw": f"of {key[:3]}"} for key in (LARGE, SMALL)]
+    words = Page(page(made)).words
+    assert words.count("the training prefix equals the prompt") == 1
+    assert f"{'Llama-3.1-8B-Instruct (not fine-tuned)'}: of LLM" in words
+
+
+def test_the_record_is_in_words_and_only_the_projects_own_prompt_stands_in_it(undrawn):
+    made = planted.result()
+    made["data"]["cleaning"] = {"rows": 9, "kept": 8, "duplicate": {"rows": 1, "places": ["row 3"]}, "says": ["1 gone"]}
+    made["data"]["cleaning"] |= {"columns": {"dialogue": "Talk"}, "unreadable": {"rows": 0, "places": []}}
+    made["data"]["split"] = {
+        "mode": "per_label",
+        "rows": {"train": 6},
+        "labels": {"train": 2},
+        "sha256": {"train": "f00d"},
+    }
+    manifest = {
+        "config": {"system_prompt": ""},
+        "environment": {"cpu": {"ram_bytes": 2**31}, "libs": {"torch": "2.13"}},
+    }
+    words = Page(page(made, manifest)).words
+    for said in (
+        "9 rows were read and 8 kept",
+        "1 gone.",
+        "left out: repeats a dialogue and its label 1",
+        "column of the dialogue Talk",
+        "how each label in every part",
+        "rows to train on f00d",
+        "memory 2 GB",
+        "torch 2.13",
+        made["protocol"]["system_prompt"],
+    ):
+        assert said in words, said
+    assert "cannot be read" not in words, "nothing was"
+    assert made["protocol"]["system_prompt"] not in Page(page(made, {"config": {"system_prompt": CANARY}})).words
+
+
+def test_what_no_threshold_promises_is_said_in_one_sentence_and_marks_nothing(undrawn):
+    made = planted.result()
+    for point in made["routing"][SMALL]["points"]:
+        says = f"no threshold promises {point['wanted']:.0%} on the 9 validation documents: all go to a person"
+        point |= {"test": None, "threshold": None, "says": says}
+    words = Page(page(made)).words
+    assert "To be right on 80%, 90% or 95%: no threshold promises as much on the 9 validation documents" in words
+    assert words.count("no threshold promises") == 1
 
 
 def test_the_stamp_is_there_exactly_where_rows_are_generated(undrawn):
@@ -279,14 +349,15 @@ def test_the_markdown_table_has_a_row_an_entry_and_no_name_ends_a_cell_or_begins
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ({"a": {"b": 1, "c": None}}, [["a.b", "1"]]),
+        ({"a": {"b": 1, "c": None}}, [["a: b", "1"]]),
         ({"places": list(range(20))}, [["places", "0; 1; 2; 3; 4; 5; 6; 7, ... (20 in all)"]]),
-        ({"learning_rate": 2e-4, "keep_text": False}, [["learning rate", "0.0002"], ["keep text", "False"]]),
+        ({"learning_rate": 2e-4, "keep_text": False}, [["learning rate", "0.0002"], ["keep text", "no"]]),
         (
             {"llm_models": [{"name": "m", "size": "", "load_in_4bit": True}]},
-            [["llm models", "name m, load_in_4bit True"]],
+            [["llm models", "m (load in 4bit)"]],
         ),
         ({"empty": [], "none": {}, "blank": ""}, []),
+        ({"ram_bytes": 3 * 2**29, "steps": 3}, [["ram bytes", "1.5 GB"], ["steps", "3"]]),
     ],
 )
 def test_a_record_reads_as_lines_without_what_was_not_set(value, said):

@@ -205,6 +205,33 @@ def test_a_label_that_is_not_in_the_given_list_is_refused_by_name(tmp_path):
     assert dialogues.read(path, labels=["E11.9", "E11.65", "I10"]).labels == ("E1165", "E119", "I10")
 
 
+def test_the_given_labels_may_stand_in_a_text_file_and_those_without_a_row_belong_to_the_set(tmp_path):
+    path, listed = labelled(tmp_path / "a.jsonl", "E119", "E1165"), tmp_path / "codes.txt"
+    listed.write_text("\ufeffe11.9\r\n\r\nI10\nE11.65\nE11.9\n", encoding="utf-8")
+    found = dialogues.read(path, labels=str(listed))
+    assert found.labels == ("E1165", "E119", "I10") and found.cleaning["labels"] == 2
+    assert "1 of the labels given stand at no row; they can be answered all the same" in found.cleaning["says"]
+    listed.write_text("E11.6\nI10\n")
+    with pytest.raises(
+        ValueError, match=r"has the label 'E119'.* none of the 2 labels given \(2 such labels\); add it"
+    ):
+        dialogues.read(path, labels=listed)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b" \n\n", "labels must be a text file in UTF-8 with one label a line, .* is none"),
+        (b"\xff\xfe\x00", "labels must be a text file in UTF-8 with one label a line, .* is none"),
+        (b"E11.9\ncode,description\n", "labels must be codes of ICD-10-CM, as of the rows, got 'code,description'"),
+    ],
+)
+def test_a_label_list_that_is_none_is_refused(tmp_path, content, says):
+    (tmp_path / "codes.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        dialogues.read(labelled(tmp_path / "a.jsonl", "E119", "E119"), labels=tmp_path / "codes.txt")
+
+
 def test_a_column_of_long_texts_is_no_column_of_labels(tmp_path):
     path = labelled(tmp_path / "a.jsonl", "canary " * 60)
     with pytest.raises(ValueError, match="line 1 holds 419 characters in 'label', a label has at most 200") as caught:

@@ -173,6 +173,24 @@ def test_an_expected_label_that_no_model_knows_is_said_and_one_that_is_no_code_i
         interviews.run(tmp_path, ["m"], answers(line))
 
 
+def test_expected_labels_that_are_no_codes_are_named_with_the_other_bad_files_and_lenient_leaves_them_out(tmp_path):
+    put(tmp_path, a=with_label("I10"), b=with_label("flu"), c="{", d=with_label("cold"))
+    with pytest.raises(ValueError, match="3 of 4 files") as caught:
+        interviews.run(tmp_path, ["m"], answers())
+    assert [line[:6] for line in str(caught.value).splitlines()[1:]] == ["b.json", "c.json", "d.json"]
+    result = interviews.run(tmp_path, ["m"], answers({"ranked": ["I10"]}), lenient=True)
+    assert (result["interviews"], result["summary"][0]["right"], len(result["left_out"])) == (1, 1, 3)
+    assert result["left_out"][0].startswith("b.json: expected_label 'flu' is no code of ICD-10-CM; correct it, or take")
+    assert (
+        len(
+            interviews.run(tmp_path, ["m"], answers(*[{"ranked": ["flu"]}] * 3), kind="labels", lenient=True)["models"][
+                "m"
+            ]
+        )
+        == 3
+    )
+
+
 def test_what_cannot_be_asked_is_refused(tmp_path):
     put(tmp_path, a=GOOD)
     with pytest.raises(ValueError, match="models must name at least one trained model"):

@@ -172,3 +172,74 @@ def test_an_end_token_left_out_of_the_loss_is_reported_as_failed(prompts):
 def test_latency_is_of_single_requests_without_the_first(loaded, prompts):
     found = label_answers.latency(loaded.model, prompts, ROWS, "ranking")
     assert found["n"] == 3 and 0 < found["p50"] <= found["p95"] <= found["p99"] and found["kind"] == "ranking"
+
+
+def test_the_spread_is_that_of_a_ratio_with_what_was_prepared_added():
+    """By pencil: r = 6 / 40, differences from it -0.5, 0, 0.5, error sqrt(3/2 * 0.5) / 40, t of 2 degrees 4.3027."""
+    speed = label_answers.Speed(7.0, 4, 40, ((1.0, 10), (3.0, 20), (2.0, 10)))
+    times = math.exp(4.302653 * math.sqrt(0.75) / 40 / (6 / 40))
+    assert speed.spread() == {
+        "low": pytest.approx((1 + 6 / times) / 4, rel=1e-6),
+        "high": pytest.approx((1 + 6 * times) / 4, rel=1e-6),
+        "parts": 3,
+    }
+    assert speed.record()["spread"]["low"] < speed.record()["seconds_per_dialogue"] == 1.75
+    assert label_answers.Speed(7.0, 4, 40, ((6.0, 40),)).record()["spread"] is None, "one part shows no spread"
+
+
+def test_the_spread_holds_the_rate_in_95_of_100_measurements():
+    generator, hits = np.random.default_rng(0), 0
+    for _ in range(1000):
+        tokens = generator.integers(50, 100, 6)
+        seconds = 0.01 * tokens * generator.normal(1, 0.1, 6)
+        found = label_answers.Speed(sum(seconds), 6, sum(tokens), tuple(zip(seconds, tokens, strict=True))).spread()
+        hits += found["low"] <= 0.01 * sum(tokens) / 6 <= found["high"]
+    assert 920 <= hits <= 980
+
+
+def timed(kind, monkeypatch, passes, tokens=(1,) * 200):
+    """The speed of work that prepares for 5 s and then does `passes` (seconds, answers), and is waited with for 9 s."""
+    now = [100.0]
+    monkeypatch.setattr(label_answers.time, "perf_counter", lambda: now[0])
+    clock = label_answers.Clock(kind, tokens)
+
+    def work():
+        now[0] += 5
+        number = 0
+        for seconds, answers in passes:
+            assert not clock.should_stop()
+            now[0] += seconds
+            for _ in range(answers):
+                yield number, None
+                number += 1
+
+    for _ in clock.running(work()):
+        now[0] += 9
+    return clock.speed()
+
+
+def test_a_part_of_rankings_is_a_pass_and_what_is_done_with_answers_is_not_timed(monkeypatch):
+    speed = timed("ranking", monkeypatch, [(2, 2), (3, 1), (1, 0), (4, 2)], tokens=(10, 20, 30, 40, 50))
+    assert speed == label_answers.Speed(15.0, 5, 150, ((2.0, 30), (3.0, 30), (5.0, 90)))
+    assert timed("ranking", monkeypatch, [(2, 2), (1, 0)]).parts == ((3.0, 2),), "a pass without an answer"
+
+
+def test_a_part_of_texts_is_as_many_as_are_written_side_by_side(monkeypatch):
+    speed = timed("writing", monkeypatch, [(1, 60), (1, 5), (1, 64), (1, 3)])
+    assert speed.parts == ((2.0, 65), (2.0, 67)) and speed.seconds == 9
+    assert timed("writing", monkeypatch, [(1, 60)]).record()["spread"] is None
+
+
+def test_the_clock_hands_on_that_somebody_wants_to_stop():
+    assert label_answers.Clock("ranking", (), lambda: True).should_stop()
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("ranking", 3), ("writing", 1)])
+def test_the_work_itself_says_where_its_passes_end(loaded, prompts, kind, parts):
+    """A row a pass; three texts are written side by side."""
+    clock = label_answers.Clock(kind, [len(prompts.prompt(row.text).ids) for row in ROWS])
+    found = label_answers.answered(loaded.model, prompts, ROWS, (kind,), batch_tokens=1, should_stop=clock.should_stop)
+    assert len(dict(clock.running(found))) == 3
+    speed = clock.speed()
+    assert len(speed.parts) == parts and sum(seconds for seconds, _ in speed.parts) <= speed.seconds
+    assert speed.prompt_tokens == sum(tokens for _, tokens in speed.parts) == sum(clock.tokens)

@@ -119,6 +119,20 @@ def test_large_models_come_as_a_name_as_names_or_as_entries(given, key):
     assert any(note.startswith("gpt2: load_in_4bit is not in the old file") for note in found.notes)
 
 
+def test_4_bits_that_stand_once_beside_the_models_hold_for_each_that_does_not_say_otherwise():
+    old = {"baseline_llms": ["a", {"name": "b", "load_in_8bit": True}], "slm_name": "c", "load_in_4bit": True}
+    found = migration.migrate(old)
+    assert found.document["llm_models"] == [{"name": "a", "load_in_4bit": True}, {"name": "b", "load_in_8bit": True}]
+    assert found.document["slm_models"] == [{"name": "c", "load_in_4bit": True}]
+    assert "load_in_4bit: true stands at each of llm_models now that had neither: a" in found.notes
+    assert not found.unknown and not [note for note in found.notes if "not in the old" in note or "no place" in note]
+    own = migration.migrate({"llm_models": ["a"], "slm_models": ["c"], "slm_load_in_4bit": False, "model": old})
+    assert own.document["llm_models"][0] == {"name": "a", "load_in_4bit": True}
+    assert migration.migrate({"slm_name": "c", "slm_load_in_4bit": False, "load_in_4bit": True}).document[
+        "slm_models"
+    ] == [{"name": "c", "load_in_4bit": False}], "its own setting counts"
+
+
 def test_the_batches_of_the_old_data_loader_are_not_those_of_training():
     found = migration.migrate({"slm_name": "a", "data": {"batch_size": 64}})
     assert "batch_size" not in found.document and found.unknown == {"data.batch_size": 64}
@@ -298,8 +312,11 @@ def test_json_and_yaml_say_the_same_and_yaml_runs_no_code(tmp_path):
     (tmp_path / "a.yml").write_text(yaml.safe_dump(RESULTS, sort_keys=False), encoding="utf-8")
     assert migration.read(tmp_path / "a.json") == migration.read(tmp_path / "a.yml")
     (tmp_path / "b.yaml").write_text("slm_name: !!python/object/apply:os.system ['exit 3']", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"is not valid YAML \(could not determine a constructor"):
+    with pytest.raises(ValueError, match=r"is not valid YAML \(line 1, .*: could not determine a constructor"):
         migration.read(tmp_path / "b.yaml")
+    (tmp_path / "d.yaml").write_text("slm_name: a\nseed: 1\nseed: 2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="'seed' stands there twice"):
+        migration.read(tmp_path / "d.yaml")
     (tmp_path / "c.json").write_text('{"Baseline_a": {"accuracy": NaN}}', encoding="utf-8")
     with pytest.raises(ValueError, match="is not valid JSON"):
         migration.read(tmp_path / "c.json")

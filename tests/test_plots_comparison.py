@@ -59,6 +59,8 @@ def test_each_entry_is_a_point_at_its_accuracy_with_its_interval_best_first_in_i
     assert [line.get_xdata()[0] for line in lines(figure, "_point")] == [e["top_1_accuracy"] for e in entries.values()]
     ends = [tuple(e["intervals"]["top_1_accuracy"][end] for end in ("low", "high")) for e in entries.values()]
     assert [tuple(line.get_xdata()) for line in lines(figure, "_interval")] == ends
+    low, high = (100 * end for end in plots_comparison.interval(entries[SMALL], "top_1_accuracy"))
+    assert f"84.4 %  [{low:.1f}, {high:.1f}]" in words(figure), "81 of 96 in percent, as in the tables"
     assert [key.split("_")[0] for key in entries] == ["LLM"] * 2 + ["SLM"] * 4 + ["ENSEMBLE"] + ["BASELINE"] * 3
     small = [e["top_1_accuracy"] for e in entries.values() if e["training_status"] == "finetuned"]
     assert small == sorted(small, reverse=True)
@@ -66,7 +68,7 @@ def test_each_entry_is_a_point_at_its_accuracy_with_its_interval_best_first_in_i
 
 def test_guessing_is_a_line_where_it_is_known_and_an_entry_without_the_measure_is_left_out():
     made = planted.result()
-    assert [line.get_xdata()[0] for line in lines(accuracy(made), "guessing: 0.0417")] == [1 / 24]
+    assert [line.get_xdata()[0] for line in lines(accuracy(made), "guessing: 4.2 %")] == [1 / 24]
     del made["data"]["chance"]
     assert accuracy(made).axes[0].get_legend() is None
     made["models"][LARGE]["top_1_accuracy"] = None
@@ -179,6 +181,7 @@ def test_thresholds_of_validation_are_marked_where_they_landed_on_the_test_and_o
     marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in lines(figure, "_chosen")]
     assert marks == [(p["test"]["coverage"], p["test"]["precision"]) for p in found["points"] if p["test"]]
     assert len(marks) == 2 and [p["threshold"] for p in found["points"]][2] is None
+    assert [text for text in words(figure) if "wanted" in text] == ["wanted 80 %", "wanted 90 %"], "no mark, no entry"
     (curve,) = lines(figure, "_curve")
     assert list(curve.get_xdata()) == [one["coverage"] for one in found["curve"]]
     (bins,) = lines(plots_comparison_curves.calibration(made), "_bins")

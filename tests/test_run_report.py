@@ -61,7 +61,7 @@ def test_facts_figures_and_the_stamp_come_as_in_the_index_of_notebooks(tmp_path)
     facts = [{"name": "f", "ok": False, "says": "nothing leaks", "saw": "2 rows"}]
     a_run(tmp_path / "q", result={"facts": facts}, name="q")
     text = page(tmp_path)
-    assert text.count("data:image/png;base64,") == 1 and "1 of 2 runs on text or rows that this project" in text
+    assert text.count("data:image/png;base64,") == 1 and "1 of 2 runs is on text or rows that this project" in text
     assert "FAILED: nothing leaks" in text and "test: q" not in text
 
 
@@ -70,6 +70,24 @@ def test_text_of_users_in_a_config_stays_out_and_all_text_is_escaped(tmp_path):
         a_run(tmp_path / str(number), name=EVIL, prompt=f"my neighbour coughs {number}", note=EVIL)
     text = page(tmp_path)
     assert "neighbour" not in text and "sha256:" in text and "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_runs_that_were_asked_about_rows_show_model_task_and_accuracy_and_that_the_rows_are_generated(tmp_path):
+    asked = {"n": 40, "acc": 0.4, "protocol": {"generated": True}}
+    a_run(tmp_path / "a", result=asked, name="asked", kind="evaluation", model="tiny-llama", task="boolq")
+    text = page(tmp_path)
+    assert "<th>model</th><th>task</th><th>rows</th><th>accuracy</th>" in text
+    assert '<td>tiny-llama</td><td>boolq</td><td class="n">40</td><td class="n">0.400</td>' in text
+    assert "1 of 1 runs is on text or rows that this project generated itself" in text
+
+
+def test_measures_are_in_words_and_a_claim_stands_once_with_what_every_model_showed(tmp_path):
+    stages = {"baseline": {"perplexity": 5.0}, "fine_tuned": {"perplexity": 4.0}, "improvement_percent": 20.0}
+    facts = [{"ok": True, "says": "nothing leaks", "saw": f"{n} rows", "model": f"SLM_m{n}_finetuned"} for n in (1, 2)]
+    a_run(tmp_path / "p", result=stages | {"facts": facts}, name="p")
+    text = page(tmp_path)
+    assert "<th>perplexity, baseline</th><th>perplexity, fine-tuned</th><th>improvement, %</th>" in text
+    assert text.count("nothing leaks") == 1 and "(m1 (fine-tuned): 1 rows; m2 (fine-tuned): 2 rows)" in text
 
 
 def test_a_comparison_gets_its_own_report_and_among_other_runs_its_verdict_and_accuracies(tmp_path, monkeypatch):
@@ -108,7 +126,7 @@ def test_of_many_runs_the_newest_have_a_part_of_their_own_and_the_rest_is_counte
     monkeypatch.setattr(run_report, "MOST_ROWS", 4)
     text = page(tmp_path)
     assert text.count("<section>") == 2 and "3 earlier ones stand in the tables alone" in text
-    assert "1 earlier ones are not shown" in text and text.count("<tr>") == 1 + 4
+    assert "1 earlier one is not shown" in text and text.count("<tr>") == 1 + 4
 
 
 def test_a_folder_without_runs_is_refused_and_what_cannot_be_read_is_said(tmp_path):
