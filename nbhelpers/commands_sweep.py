@@ -273,7 +273,9 @@ def sweep_report() -> Callable:
     def command(
         folder: Folder,
         out: Annotated[Path | None, typer.Option(help="folder of the report; None = DIR/report")] = None,
-        tolerance: Annotated[float, typer.Option(help="points below the tuned dense model that still pass")] = 0.02,
+        tolerance: Annotated[
+            float, typer.Option(help="points below the dense model of the same tuning that still pass")
+        ] = 0.02,
         external: Annotated[Path | None, typer.Option(metavar="CSV", help="a table of results to compare with")] = None,
         columns: Annotated[
             str | None, typer.Option(help="what its columns are: THEIRS=OURS,... with OURS model, task, value, ...")
@@ -302,12 +304,18 @@ def sweep_report() -> Callable:
 def show_report(found: dict[str, Any]) -> str:
     """The headline, a line each, and where the files are."""
     lines = [f"{found['finished']} of {found['rows']} rows finished, {found['facts_failed']} runs with a false fact"]
-    lines.append(f"highest sparsity within {found['tolerance']:g} of the tuned dense model:")
-    for one in found["headline"]:
+    told = [one for one in found["headline"] if not one["cannot_tell"]]
+    if told:
+        lines.append(f"highest sparsity within {found['tolerance']:g} of {found['judged_by']}:")
+    for one in told:
         where = ("none" if one["known"] else "?") if one["sparsity"] is None else f"{one['sparsity']:g}"
-        lines.append(f"  {where:>5}  {one['model']} {one['task']} {one['method']} {one['mode']}")
-    if told := found["compared"]:
-        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in told.items())
+        share = "" if one["measured_sparsity"] is None else f", {100 * one['measured_sparsity']:.3g} % of weights"
+        of = f"(of {one['sparsity_of']}{'' if one['sparsity_of'] == 'weights' else share})"
+        lines.append(f"  {where:>5}  {one['model']} {one['task']} {one['method']} {one['mode']} {of}")
+    untold = (one for one in found["headline"] if one["cannot_tell"])
+    lines += dict.fromkeys(f"{one['model']} on {one['task']}: {one['cannot_tell']}" for one in untold)
+    if compared := found["compared"]:
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in compared.items())
         lines.append(f"beside the table: {counts}")
     return "\n".join([*lines, *found["files"]])
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nbhelpers.plots import COLORS, _figure, _plain, _short
 from nbhelpers.plots_runs import STRATEGY_COLORS
-from nbhelpers.sparsity_results import ResultRow, coverage_said, has_failed
+from nbhelpers.sparsity_results import UNTUNED, WEIGHTS, ResultRow, coverage_said, has_failed, is_untuned, units
 
 MODES = {"sparse_to_sparse": "-", "sparse_to_dense": (0, (4, 2)), "dense": "-"}  # mode -> line style
 MODE_COLORS = {"dense": "#555555", "sparse_to_dense": "#E69F00", "sparse_to_sparse": "#332288"}
@@ -32,11 +32,11 @@ MOST_BLOCKS = 40  # with a number in each cell
 
 
 def curves(rows: Sequence[ResultRow], *, model: str, task: str, seed: int | None = None) -> Figure:
-    """Accuracy after tuning against sparsity, a colour a method and a line style a mode, bars 95 % over documents.
+    """Accuracy at the end against sparsity, a colour a method and a line style a mode, bars 95 % over documents.
 
-    The masked model before tuning as thin dotted lines, the tuned dense model and chance as lines across. A cell that
-    is missing or failed leaves a gap; how many did is said below. seed: None takes the first. ValueError where no cell
-    of the plan is of this model, task and seed.
+    The masked model before tuning as thin dotted lines, the dense model at the end and chance as lines across. A cell
+    that is missing or failed leaves a gap; how many did is said below. seed: None takes the first. ValueError where no
+    cell of the plan is of this model, task and seed.
     """
     here, seed = _chosen(rows, model, task, seed)
     methods, modes = _methods(here), _modes(here)
@@ -56,13 +56,12 @@ def curves(rows: Sequence[ResultRow], *, model: str, task: str, seed: int | None
     if not any(row.tuned is not None for row in here):
         axes.text(0.5, 0.5, "no cell is measured yet", ha="center", transform=axes.transAxes, color=GREY)
     _accuracy_axis(axes, here)
-    axes.set_xlabel("sparsity (% of the projections' weights)")
+    axes.set_xlabel(f"sparsity ({_share_of(here)})")
     axes.set_xticks(levels, [f"{100 * level:g}" for level in levels])
     axes.set_xlim(levels[0] - 0.5 * _step(levels), levels[-1] + 0.5 * _step(levels))
-    axes.set_title(
-        f"{_name(model)} on {_name(task)}: accuracy after pruning and tuning{_seed_said(rows, seed)}", fontsize=11
-    )
-    _curve_legend(axes, methods, modes, lines)
+    after = "pruning, untuned" if is_untuned(here) else "pruning and tuning"
+    axes.set_title(f"{_name(model)} on {_name(task)}: accuracy after {after}{_seed_said(rows, seed)}", fontsize=11)
+    _curve_legend(axes, _labels(here, methods), modes, lines)
     _said_below(figure, here)
     _plain(axes)
     return figure
@@ -81,12 +80,13 @@ def _curve(axes, cells: Mapping[float, ResultRow], levels: Sequence[float], asid
 
 
 def _lines_across(axes, rows: Sequence[ResultRow]) -> list[Line2D]:
-    """The tuned dense model, with its interval as a band, and chance, where they are known."""
+    """The dense model at the end, with its interval as a band, and chance, where they are known."""
     dense = next((row for row in rows if row.sparsity == 0 and row.tuned is not None), None)
     chance = next((row.chance for row in rows if row.chance is not None), None)
     lines = []
     if dense is not None:
-        look = {"color": COLORS["baseline"], "linewidth": 1.2, "label": f"dense, tuned: {dense.tuned:.3f}"}
+        how = UNTUNED if dense.tuning == "none" else "tuned"
+        look = {"color": COLORS["baseline"], "linewidth": 1.2, "label": f"dense, {how}: {dense.tuned:.3f}"}
         lines.append(axes.axhline(dense.tuned, zorder=1, **look))
         if dense.tuned_low is not None:
             axes.axhspan(dense.tuned_low, dense.tuned_high, color=COLORS["baseline"], alpha=0.09, linewidth=0, zorder=0)
@@ -96,17 +96,36 @@ def _lines_across(axes, rows: Sequence[ResultRow]) -> list[Line2D]:
     return lines
 
 
+def _share_of(rows: Sequence[ResultRow]) -> str:
+    """What the sparsities on an axis are shares of."""
+    of = set(units(rows).values())
+    if of == {WEIGHTS}:
+        return "% of the projections' weights"
+    return f"% of {next(iter(of))}" if len(of) == 1 else "% of weights, or of what stands beside the method"
+
+
+def _labels(rows: Sequence[ResultRow], methods: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    """The looks of methods under their names, with what goes where methods differ in that."""
+    of = units(rows)
+    several = len(set(of.values())) > 1
+    return {
+        name + (f" (of {of[name]})" if several and of[name] != WEIGHTS else ""): look for name, look in methods.items()
+    }
+
+
 def _curve_legend(axes, methods: Mapping[str, Mapping], modes: Sequence[str], lines: Sequence[Line2D]) -> None:
     handles = [Line2D([], [], linewidth=1.7, markersize=5, label=_name(name), **look) for name, look in methods.items()]
     for mode in modes if modes != ["dense"] else ():
         look = {"color": "#333333", "linestyle": MODES.get(mode, "-"), "linewidth": 1.5}
-        handles.append(Line2D([], [], label=f"tuned, {mode.replace('_', ' ')}", **look))
-    handles.append(Line2D([], [], color="#333333", linestyle=":", linewidth=1.1, label="masked, before tuning"))
+        how = mode.replace("_", " ")
+        handles.append(Line2D([], [], label=how if UNTUNED in mode else f"tuned, {how}", **look))
+    before = "masked, before any tuning"
+    handles.append(Line2D([], [], color="#333333", linestyle=":", linewidth=1.1, label=before))
     axes.legend(handles=[*handles, *lines], **RIGHT)
 
 
 def heat_map(rows: Sequence[ResultRow], *, model: str, task: str, mode: str, seed: int | None = None) -> Figure:
-    """Accuracy after tuning, a row a method and a column a sparsity, a number in each cell; cells without one are
+    """Accuracy at the end, a row a method and a column a sparsity, a number in each cell; cells without one are
     hatched and say why. ValueError where no cell of the plan is of this model, task, mode and seed."""
     here, seed = _chosen(rows, model, task, seed)
     cells = {(row.method, row.sparsity): row for row in here if row.sparsity == 0 or row.mode == mode}
@@ -123,8 +142,8 @@ def heat_map(rows: Sequence[ResultRow], *, model: str, task: str, mode: str, see
         for x, level in enumerate(levels):
             _cell(axes, x, y, cells.get((method, level)), (low + high) / 2)
     axes.set_xticks(range(len(levels)), [f"{100 * level:g}" for level in levels])
-    axes.set_yticks(range(len(methods)), map(_name, methods))
-    axes.set_xlabel("sparsity (%)")
+    axes.set_yticks(range(len(methods)), map(_name, _labels(here, _methods(here))))
+    axes.set_xlabel(f"sparsity ({_share_of(here)})")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_title(f"{_name(model)} on {_name(task)}, {mode.replace('_', ' ')}{_seed_said(rows, seed)}", fontsize=11)

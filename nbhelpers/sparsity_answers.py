@@ -1,8 +1,8 @@
 """What does a sparsity sweep answer? Two modes or two methods, document by document; dense, masked and chance levels.
 
-A difference is of accuracies after tuning, as shares. Its interval is a bootstrap over documents: all runs of a task
-answer the same ones, so a document is drawn with its answers in every cell of that task. It says nothing about other
-seeds: what a second training would change is in it only where the plan has several seeds.
+A difference is of accuracies at the end, after tuning where there is any, as shares. Its interval is a bootstrap over
+documents: all runs of a task answer the same ones, so a document is drawn with its answers in every cell of that task.
+It says nothing about other seeds: what a second training would change is in it only where the plan has several seeds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 
 from nbhelpers import predictions
-from nbhelpers.sparsity_results import RUNS, ResultRow, both_modes
+from nbhelpers.sparsity_results import RUNS, WEIGHTS, ResultRow, both_modes
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -44,7 +44,7 @@ def methods_compared(
     cells: dict[tuple, dict[str | None, list[ResultRow]]] = {}
     for row in _proved(found):
         if row.sparsity == sparsity and row.importance in (first, second):
-            key = (row.model, row.task, row.pattern, row.scope, row.mode, row.seed, row.setting)
+            key = (row.model, row.task, row.pattern, row.dimension, row.scope, row.mode, row.seed, row.setting)
             cells.setdefault(key, {}).setdefault(row.importance, []).append(row)
     pairs = [(cell[first][0], cell[second][0]) for cell in cells.values() if sorted(map(len, cell.values())) == [1, 1]]
     return differences(folder, pairs)
@@ -124,9 +124,10 @@ def _drawn(values: Any, generator: Any) -> float:
 def answers(folder: str | Path, found: Sequence[ResultRow]) -> list[dict[str, Any]]:
     """What the sweep was made for, an entry a model and task and a last one of all (model None).
 
-    {model, task, metric, chance, dense (tuned, sparsity 0: {tuned, tuned_low, tuned_high} or None), masked_at (the
-    highest sparsity of the plan), masked ({method: accuracy before tuning}), modes, methods (entries of
-    `modes_compared` and `methods_compared`, or None)}. dense and masked are means over seeds.
+    {model, task, metric, chance, dense (at the end, sparsity 0: {tuned, tuned_low, tuned_high} or None), masked_at (the
+    highest sparsity of the plan), masked ({method: accuracy before tuning}), masked_shares ({method: share of weights
+    that goes there, where `masked_at` is a share of something else}), modes, methods (entries of `modes_compared` and
+    `methods_compared`, or None)}. dense and masked are means over seeds, dense of tuned runs where there are any.
     """
     modes = {(one["model"], one["task"]): one for one in modes_compared(folder, found)}
     methods = {(one["model"], one["task"]): one for one in methods_compared(folder, found)}
@@ -135,8 +136,12 @@ def answers(folder: str | Path, found: Sequence[ResultRow]) -> list[dict[str, An
         here = [row for row in found if (row.model, row.task) == (model, task)]
         proved = [row for row in here if row.all_facts_hold and row.tuned is not None]
         dense = {row.job: row for row in proved if row.sparsity == 0}.values()
+        dense = [row for row in dense if row.tuning != "none"] or dense
         top = max((row.sparsity for row in here), default=0.0)
         masked: dict[str, list[float]] = {}
+        shares = {
+            row.method: row.measured_sparsity for row in proved if row.sparsity == top and row.sparsity_of != WEIGHTS
+        }
         for row in {row.job: row for row in proved if row.sparsity == top > 0 and row.masked is not None}.values():
             masked.setdefault(row.method, []).append(row.masked)
         told.append(
@@ -148,6 +153,7 @@ def answers(folder: str | Path, found: Sequence[ResultRow]) -> list[dict[str, An
                 "dense": _level(list(dense)),
                 "masked_at": top or None,
                 "masked": {method: statistics.fmean(values) for method, values in masked.items()},
+                "masked_shares": shares,
                 "modes": modes.get((model, task)),
                 "methods": methods.get((model, task)),
             }
@@ -156,7 +162,7 @@ def answers(folder: str | Path, found: Sequence[ResultRow]) -> list[dict[str, An
 
 
 def _level(dense: Sequence[ResultRow]) -> dict[str, Any] | None:
-    """The tuned dense model with its interval over documents; of several seeds the mean, which has none here."""
+    """The dense model at the end with its interval over documents; of several seeds the mean, which has none here."""
     if not dense:
         return None
     interval = {name: getattr(dense[0], name) if len(dense) == 1 else None for name in ("tuned_low", "tuned_high")}

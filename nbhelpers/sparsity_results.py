@@ -1,4 +1,4 @@
-"""What came out of each cell of a sparsity sweep? A row a cell, judged against the tuned dense model, and a headline.
+"""What came out of each cell of a sparsity sweep? A row a cell, judged against the dense model, and a headline.
 
 Everything is read from the sweep's folder. A cell that is missing or failed stands there as that, never as a number.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ from nbhelpers.ledger import Ledger
 
 KEYS = ("model", "task", "sparsity", "mode", "seed")  # axes that have a place of their own in the tables
 CHOOSING = {"pattern", "importance", "scope", "dimension"}  # fields that choose which weights go
-TOLERANCE = 0.02  # points of the task's measure below the tuned dense model that still pass
+TOLERANCE = 0.02  # points of the task's measure below the dense model of the same tuning that still pass
 RUNS = "runs"  # where a sweep keeps its run directories
+UNTUNED = "untuned"  # instead of a mode where nothing was trained
+WEIGHTS = "weights"  # of the covered projections: what a sparsity is a share of, unless whole groups go
+GROUPS = {"outputs": "output rows", "inputs": "input columns", "channels": "MLP channels"}  # dimension -> what goes
+CANNOT_TELL = "what masks cost cannot be told here"
 
 
 class ResultRow(BaseModel):
@@ -34,8 +38,15 @@ class ResultRow(BaseModel):
     pattern: str | None = Field(description="unstructured, structured or nm")
     importance: str | None = Field(description="what ranked the weights")
     scope: str | None = Field(description="what a weight is compared with")
-    mode: str | None = Field(description="sparse_to_dense or sparse_to_sparse; dense at sparsity 0")
-    sparsity: float = Field(ge=0, le=1, description="share of the projections' weights that was asked to go")
+    dimension: str | None = Field(None, description="outputs, inputs or channels: what goes as a whole (structured)")
+    tuning: str | None = Field(None, description="lora: adapters were trained and merged; none: nothing was trained")
+    mode: str | None = Field(
+        description="as planned: sparse_to_dense, sparse_to_sparse or dense; untuned where nothing was trained"
+    )
+    sparsity: float = Field(ge=0, le=1, description="share that was asked to go, of what sparsity_of names")
+    sparsity_of: str = Field(
+        WEIGHTS, description="weights, output rows or input columns of the covered projections, or MLP channels"
+    )
     setting: str = Field("", description="the values of those of these axes that do not choose weights")
     seed: int = Field(description="seed of random scores, calibration rows, data order and adapters")
     dtype: str | None = Field(None, description="number format of the weights")
@@ -57,14 +68,26 @@ class ResultRow(BaseModel):
     masked: float | None = Field(None, description="the measure of the masked model before tuning")
     masked_low: float | None = Field(None, description="95 % interval over documents, lower end")
     masked_high: float | None = Field(None, description="95 % interval over documents, upper end")
-    tuned: float | None = Field(None, description="the measure after tuning and merging")
+    tuned: float | None = Field(
+        None, description="the measure at the end: tuned and merged, or where tuning is none as masked"
+    )
     tuned_low: float | None = Field(None, description="95 % interval over documents, lower end")
     tuned_high: float | None = Field(None, description="95 % interval over documents, upper end")
-    within_tolerance: bool | None = Field(
-        None, description="tuned is at most the tolerance below the tuned dense model"
+    dense_above_chance: bool | None = Field(
+        None, description="whether tuned_low of the row at sparsity 0 is above chance (0 where answers are written)"
     )
-    measured_sparsity: float | None = Field(None, description="share counted on the mask")
+    within_tolerance: bool | None = Field(
+        None,
+        description="tuned is at most the tolerance below that of the row at sparsity 0; none where that one is not "
+        "above chance",
+    )
+    measured_sparsity: float | None = Field(
+        None, description="share of the covered projections' weights that goes, counted on the mask"
+    )
     mask_sha256: str | None = Field(None, description="of the mask")
+    documents_sha256: str | None = Field(None, description="of the evaluated documents as they were asked")
+    text_sha256: str | None = Field(None, description="of the training and validation rows")
+    calibration_sha256: str | None = Field(None, description="of the rows that weights were scored on, if on any")
     merge_difference: float | None = Field(None, description="largest change of a logit by merging / largest logit")
     merge_violations: int | None = Field(None, description="masked weights not 0 after merging; 0 in sparse_to_sparse")
     merge_withheld: float | None = Field(None, description="share of the free delta's norm that the mask took away")
@@ -83,15 +106,21 @@ def rows(folder: str | Path, tolerance: float = TOLERANCE) -> list[ResultRow]:
     ledger = Ledger(folder)
     if ledger.plan["kind"] != "sparsity":
         raise ValueError(f"'{folder}' is a sweep of {ledger.plan['kind']!r} runs, this report is of 'sparsity' ones")
-    found, asked = [], {}
+    found, asked, hashes = [], {}, {}
     for number, (place, cell) in enumerate(zip(ledger.rows, sweep.results(folder), strict=True), 1):
         own = {name: value for name, value in place.values.items() if name in ResultRow.model_fields}
-        config = ledger.jobs[place.job].config | own  # of an alias its own place, not that of the job that did it
+        config = ledger.jobs[place.job].config | _named(ledger.plan, place.values) | own  # an alias has its own place
         method = _label(place.values) or f"{config['pattern']} by {config['importance']}"
-        known = {name: config[name] for name in ("model", "task", "pattern", "importance", "scope", "mode", "sparsity")}
+        known = {name: config[name] for name in ("model", "task", "pattern", "importance", "scope", "sparsity")}
+        known |= {"tuning": config.get("tuning"), "mode": _mode(ledger.plan, config)}
+        known |= _what_goes(config["pattern"], config.get("dimension", "outputs"))
         named = {name: cell.get(name) for name in ResultRow.model_fields if name in cell}
         beside = {name: value for name, value in place.values.items() if not CHOOSING & _fields(ledger.plan, name)}
         named["setting"] = _label(beside)
+        if run_dir := cell.get("run_dir"):
+            if run_dir not in hashes:
+                hashes[run_dir] = _hashes(Path(run_dir))
+            named |= hashes[run_dir]
         if cell["status"] == "finished":
             same = tuple(config.get(name) for name in ("task", "data", "train_data", "shots", "limit"))
             if same not in asked:
@@ -101,6 +130,43 @@ def rows(folder: str | Path, tolerance: float = TOLERANCE) -> list[ResultRow]:
             ResultRow(**{**named, **known, "row": number, "method": method, "seed": config["seed"], "job": place.job})
         )
     return judged(found, tolerance)
+
+
+def _named(plan: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config fields that the named values of axes stand for."""
+    found: dict[str, Any] = {}
+    for axis, value in values.items():
+        stands_for = plan["axes"].get(axis)
+        found |= stands_for.get(value, {}) if isinstance(stands_for, Mapping) else {}
+    return found
+
+
+def _mode(plan: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What becomes of the zeros in training; where nothing is trained, the rows of several modes still stay apart."""
+    if config.get("tuning") != "none":
+        return config["mode"]
+    several = any("mode" in _fields(plan, axis) for axis in plan["axes"])
+    return f"{config['mode']}_{UNTUNED}" if several else UNTUNED
+
+
+def _what_goes(pattern: str, dimension: str) -> dict[str, str | None]:
+    if pattern != "structured":
+        return {"dimension": None, "sparsity_of": WEIGHTS}
+    return {"dimension": dimension, "sparsity_of": GROUPS[dimension]}
+
+
+def _hashes(run_dir: Path) -> dict[str, str | None]:
+    """Of the data that a run read, as it recorded them itself; a run that failed early recorded none."""
+    manifest, result = (
+        records.read_json(path) if (path := run_dir / name).is_file() else {}
+        for name in ("manifest.json", "result.json")
+    )
+    recorded = manifest.get("fingerprints") or {}
+    return {
+        "documents_sha256": recorded.get("documents"),
+        "text_sha256": recorded.get("text"),
+        "calibration_sha256": (result.get("mask") or {}).get("scored_on"),
+    }
 
 
 def _fields(plan: Mapping[str, Any], axis: str) -> set[str]:
@@ -127,15 +193,50 @@ def _how_asked(run_dir: Path) -> dict[str, Any]:
 
 
 def judged(found: Sequence[ResultRow], tolerance: float) -> list[ResultRow]:
-    """The rows with `within_tolerance`, where they and the tuned dense model are measured and proved."""
+    """The rows with `within_tolerance`, where they and the dense model are measured and proved, and it is above
+    chance."""
     return [_judged(row, found, tolerance) for row in found]
 
 
 def _judged(row: ResultRow, every: Sequence[ResultRow], tolerance: float) -> ResultRow:
-    base = next((one for one in every if _same_start(one, row) and one.sparsity == 0 and one.all_facts_hold), None)
-    if row.tuned is None or base is None or not row.all_facts_hold:
+    base = _dense_row(one for one in every if _same_start(one, row))
+    if base is None:
         return row
-    return row.model_copy(update={"within_tolerance": row.tuned >= base.tuned - tolerance - 1e-12})
+    told: dict[str, Any] = {"dense_above_chance": is_above_chance(base)}
+    if row.tuned is not None and row.all_facts_hold and told["dense_above_chance"]:
+        told["within_tolerance"] = row.tuned >= base.tuned - tolerance - 1e-12
+    return row.model_copy(update=told)
+
+
+def _dense_row(cells: Iterable[ResultRow]) -> ResultRow | None:
+    """The measured and proved row at sparsity 0."""
+    return next((row for row in cells if row.sparsity == 0 and row.all_facts_hold and row.tuned is not None), None)
+
+
+def is_above_chance(row: ResultRow) -> bool | None:
+    """Whether its interval lies above guessing (0 where answers are written); None where one of them is not known."""
+    chance = _chance(row)
+    return None if chance is None or row.tuned_low is None else row.tuned_low > chance
+
+
+def _chance(row: ResultRow) -> float | None:
+    if row.chance is None:
+        return None if (row.metric or "").startswith("acc") else 0.0
+    return row.chance
+
+
+def _cannot_tell(base: ResultRow | None) -> str | None:
+    """Why nothing can be said of masks beside this dense row, or None. Of one that is missing: nothing yet."""
+    if base is None or is_above_chance(base):
+        return None
+    chance = _chance(base)
+    if chance is None:
+        return f"chance is not known, as the answers are not in the folder: {CANNOT_TELL}"
+    if base.tuned_low is None:
+        told = f"{base.tuned:.3f}, chance {chance:.3g}"
+        return f"one document cannot show the dense model above chance ({told}): {CANNOT_TELL}"
+    told = f"{base.tuned:.3f} [{base.tuned_low:.3f}, {base.tuned_high:.3f}], chance {chance:.3g}"
+    return f"the dense model is not above chance ({told}): {CANNOT_TELL}"
 
 
 def _same_start(one: ResultRow, other: ResultRow) -> bool:
@@ -146,19 +247,53 @@ def headline(found: Sequence[ResultRow]) -> list[dict[str, Any]]:
     """By model, task, method, mode and seed the highest sparsity within tolerance, all lower ones of the plan being
     measured, proved and within it too, with its interval; sparsity None where not even the lowest one is.
 
-    known: False where a cell that is not judged yet ended it, so that it may come to more."""
+    sparsity_of, measured_sparsity: what it is a share of, and its share of the weights. known: False where a cell that
+    is not judged yet ended it, so that it may come to more. cannot_tell: why there is no headline at all, or None.
+    """
     best = []
     for key, cells in _groups(found).items():
         last, known = None, True
+        reason = _cannot_tell(_dense_row(row for row in found if _same_start(row, cells[0])))
         for row in sorted((row for row in cells if row.sparsity > 0), key=lambda row: row.sparsity):
             if not row.within_tolerance:
                 known = row.within_tolerance is not None
                 break
             last = row
         told = dict(zip(("model", "task", "method", "mode", "seed"), key, strict=True))
-        interval = {name: getattr(last, name) if last else None for name in ("tuned", "tuned_low", "tuned_high")}
-        best.append({**told, "sparsity": last.sparsity if last else None, "known": known, **interval})
+        told |= {"sparsity": last.sparsity if last else None, "known": known, "cannot_tell": reason}
+        names = ("measured_sparsity", "tuned", "tuned_low", "tuned_high")
+        told |= {name: getattr(last, name) if last else None for name in names}
+        best.append(told | {"sparsity_of": units(cells)[key[2]]})
     return best
+
+
+def units(found: Sequence[ResultRow]) -> dict[str, str]:
+    """Method -> what its sparsities are shares of."""
+    return {row.method: row.sparsity_of for row in sorted(found, key=lambda row: row.sparsity > 0)}
+
+
+def weights_said(share: float | None) -> str:
+    """`33.3 % of weights`: beside a share of something else."""
+    return "share of weights not known" if share is None else f"{100 * share:.3g} % of weights"
+
+
+def goes_said(sparsity: float, of: str, measured: float | None) -> str:
+    """`50 % of weights`, `50 % of MLP channels (33.3 % of weights)`."""
+    return f"{100 * sparsity:g} % of {of}" + ("" if of == WEIGHTS else f" ({weights_said(measured)})")
+
+
+def is_untuned(found: Sequence[ResultRow]) -> bool:
+    """Whether nothing was trained in any of them."""
+    return bool(found) and all(row.tuning == "none" for row in found)
+
+
+def dense_said(found: Sequence[ResultRow]) -> str:
+    """What the rows are judged by."""
+    if is_untuned(found):
+        return "the dense model, untuned"
+    return (
+        "the dense model of the same tuning" if any(row.tuning == "none" for row in found) else "the tuned dense model"
+    )
 
 
 def _groups(found: Sequence[ResultRow]) -> dict[tuple, list[ResultRow]]:
@@ -197,7 +332,7 @@ def coverage_said(found: Sequence[ResultRow]) -> str:
 
 
 def both_modes(done: Sequence[ResultRow]) -> list[tuple[ResultRow, ResultRow]]:
-    """(sparse to sparse, sparse to dense) of each masked cell that has both."""
+    """(sparse to sparse, sparse to dense) of each masked cell that was tuned in both."""
     by_cell: dict[tuple, dict[str | None, ResultRow]] = {}
     for row in done:
         if row.sparsity > 0:
@@ -213,10 +348,10 @@ def checked(found: Sequence[ResultRow]) -> list[str]:
     failures = Counter(row.failure or row.status for row in found if row.status != "finished" and not row.alias)
     pairs = both_modes(done)
     same = [pair for pair in pairs if pair[0].validation_nll == pair[1].validation_nll]
-    apart = f"{len(pairs) - len(same)} of {len(pairs)} cells with both (validation loss)"
+    apart = f"sparse to sparse differs from sparse to dense in {len(pairs) - len(same)} of {len(pairs)} cells with both"
     return [
         f"{len(done)} runs finished, {len(done) - len(broken)} with every fact true, {len(broken)} with a false one.",
-        f"sparse to sparse differs from sparse to dense in {apart}.",
+        "nothing was trained, so there are no two modes." if is_untuned(found) else f"{apart} (validation loss).",
         "not finished: " + (", ".join(f"{count} {name}" for name, count in sorted(failures.items())) or "none"),
     ]
 

@@ -15,7 +15,8 @@ from jinja2 import Environment
 from nbhelpers import mask_files, mask_sets, overview, plots, plots_sparsity, report, sparsity_answers, sparsity_report
 from nbhelpers.ledger import Ledger
 from nbhelpers.runs import read_run
-from nbhelpers.sparsity_results import TOLERANCE, ResultRow, both_modes, headline, rows
+from nbhelpers.sparsity_results import TOLERANCE, ResultRow, both_modes, dense_said, goes_said, headline, rows
+from nbhelpers.sparsity_tables import column_names, denominators_said, share_beside
 from nbhelpers.tables import aligned
 
 MASKS = "masks"
@@ -34,7 +35,7 @@ TABLE = Environment(autoescape=True).from_string(
 
 @dataclass(frozen=True)
 class SweepResults:
-    """What is in a sweep's folder at one moment. tolerance: points below the tuned dense model that still pass."""
+    """What is in a sweep's folder at one moment. tolerance: points below the dense model that still pass."""
 
     folder: Path
     tolerance: float = TOLERANCE
@@ -85,7 +86,7 @@ class SweepResults:
             cells = {(row.sparsity, row.method, row.mode): row for row in here}
             levels = sorted({row.sparsity for row in here})
             table = [(level, [cells.get((level, *column)) for column in columns]) for level in levels]
-            names = [f"{method}, {(mode or 'dense').replace('_', ' ')}" for method, mode in columns]
+            names = column_names(here, columns)
             parts.append({"title": f"{self._named(*pair)}{metric}", "columns": names, "table": table})
         return parts
 
@@ -101,7 +102,7 @@ class SweepResults:
             for part in self._parts()
         ]
         judged = any(row.within_tolerance for row in self.rows)
-        green = f"green: within {self.tolerance:g} of the tuned dense model; " if judged else ""
+        green = f"green: within {self.tolerance:g} of {dense_said(self.rows)}; " if judged else ""
         return TABLE.render(parts=parts, said=green + self.caution())
 
     def text(self) -> str:
@@ -118,12 +119,16 @@ class SweepResults:
     def caution(self) -> str:
         """How much the numbers can bear."""
         steps = sorted({row.steps for row in self.rows if row.steps is not None})
-        if not steps:
+        if not any(row.tuned is not None for row in self.rows):
             return ""
         rows_ = max((row.n or 0) for row in self.rows)
         made = " that this project generated" if any(row.generated for row in self.rows) else ""
-        tuned = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        return f"after {tuned} steps of LoRA in each cell, on {rows_} rows{made}; intervals are 95 % over them"
+        tuned = "nothing was trained"
+        if steps:
+            tuned = f"after {steps[0]}{'' if len(steps) == 1 else f' to {steps[-1]}'} steps of LoRA in each cell"
+            tuned += " that was tuned" if any(row.tuning == "none" for row in self.rows) else ""
+        said = f"{tuned}, on {rows_} rows{made}; intervals are 95 % over them"
+        return f"{said}. {denominators_said(self.rows)}"
 
     # sentences ----------------------------------------------------------------------------------------------------
 
@@ -137,13 +142,15 @@ class SweepResults:
     def _highest(self, model: str, task: str, seed: int) -> str:
         here = [one for one in headline(self.rows) if (one["model"], one["task"], one["seed"]) == (model, task, seed)]
         says = f"{plots._short(model)} on {task}: "
+        if untold := list(dict.fromkeys(one["cannot_tell"] for one in here if one["cannot_tell"])):
+            return says + "; ".join(untold)
         if not any(one["sparsity"] for one in here) and not all(one["known"] for one in here):
             return f"{says}not known yet, cells at the lowest sparsities are missing"
         if not any(one["sparsity"] for one in here):
-            rule = f"within {self.tolerance:g} of the tuned dense model"
+            rule = f"within {self.tolerance:g} of {dense_said(self.rows)}"
             return f"{says}no sparsity of the plan stays {rule}, whatever the method and mode"
         found = [f"{one['method']}, {(one['mode'] or 'dense').replace('_', ' ')} {_where(one)}" for one in here]
-        return f"{says}highest sparsity within {self.tolerance:g} of the tuned dense model: {'; '.join(found)}"
+        return f"{says}highest sparsity within {self.tolerance:g} of {dense_said(self.rows)}: {'; '.join(found)}"
 
     def modes(self) -> list[str]:
         """sparse_to_dense against sparse_to_sparse, document by document, a line a model and task."""
@@ -238,7 +245,8 @@ def _link(path: Path, place: Path) -> None:
 def _where(one: Mapping[str, Any]) -> str:
     if one["sparsity"] is None:
         return "none" if one["known"] else "not known yet"
-    return f"{one['sparsity']:.0%} ({one['tuned']:.3f}{_between(one['tuned_low'], one['tuned_high'])})"
+    goes = goes_said(one["sparsity"], one["sparsity_of"], one["measured_sparsity"])
+    return f"{goes}: {one['tuned']:.3f}{_between(one['tuned_low'], one['tuned_high'])}"
 
 
 def _cell(row: ResultRow | None) -> dict[str, str]:
@@ -248,7 +256,7 @@ def _cell(row: ResultRow | None) -> dict[str, str]:
         waiting = row.status in ("planned", "interrupted")
         said = "missing" if waiting else row.status.upper() if row.failure else row.status
         return {"value": said, "look": STATES.get(row.status, "nbh-note"), "more": row.failure or ""}
-    between = _between(row.tuned_low, row.tuned_high).strip()
+    between = (_between(row.tuned_low, row.tuned_high) + share_beside(row)).strip(" ,")
     if not row.all_facts_hold:
         return {"value": f"{row.tuned:.3f}", "look": "nbh-bad", "more": f"{between} A FACT FAILED"}
     return {"value": f"{row.tuned:.3f}", "look": "nbh-strong" if row.within_tolerance else "", "more": between}

@@ -148,6 +148,34 @@ def test_no_two_methods_share_a_colour_and_an_importance_keeps_the_one_it_has_el
     assert len({look["color"] for look in looks.values()}) == 3 == len({look["marker"] for look in looks.values()})
 
 
+def words_of(figure) -> str:
+    axes = figure.axes[0]
+    legend = [] if axes.get_legend() is None else [text.get_text() for text in axes.get_legend().get_texts()]
+    ticks = [label.get_text() for label in axes.get_yticklabels()]
+    return "; ".join([axes.get_title(), axes.get_xlabel(), *legend, *ticks])
+
+
+def test_figures_of_runs_without_training_name_nothing_tuned(grid):
+    rows = [row.model_copy(update={"tuning": "none", "mode": "untuned"}) for row in grid if row.mode == MODES[1]]
+    same = {"model": "tiny-llama", "task": "boolq"}
+    words = words_of(curves(rows, **same)) + words_of(heat_map(rows, mode="untuned", **same))
+    assert "accuracy after pruning, untuned" in words and "dense, untuned: " in words
+    left = words.replace("untuned", "").replace("masked, before any tuning", "")
+    assert "tuned" not in left and "tuning" not in left
+
+
+def test_an_axis_says_what_its_sparsities_are_shares_of(grid):
+    same = {"model": "tiny-llama", "task": "boolq"}
+    assert curves(grid, **same).axes[0].get_xlabel() == "sparsity (% of the projections' weights)"
+    rows = [
+        row.model_copy(update={"sparsity_of": "MLP channels"}) if row.method == "structured" else row for row in grid
+    ]
+    for words in (words_of(curves(rows, **same)), words_of(heat_map(rows, mode=MODES[0], **same))):
+        assert "of what stands beside the method" in words and "structured (of MLP channels)" in words
+    alone = [row for row in rows if row.method == "structured"]
+    assert curves(alone, **same).axes[0].get_xlabel() == "sparsity (% of MLP channels)"
+
+
 LAYERS = {
     "model.layers.0.self_attn.q_proj": {"numbers": 100, "gone": 90},
     "model.layers.10.self_attn.q_proj": {"numbers": 100, "gone": 10},

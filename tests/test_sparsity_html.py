@@ -139,7 +139,7 @@ def test_the_lead_takes_the_worst_seed_and_says_when_there_is_nothing_yet(grid, 
     good = [row.model_copy(update={"within_tolerance": True}) for row in one]
     bad = [row.model_copy(update={"within_tolerance": False, "seed": 1}) for row in one]
     kept = "Accuracy stays within 0.02 of the tuned dense model"
-    assert said(good) == f"{kept} up to a sparsity of 50 %, with the best method and mode."
+    assert said(good) == f"{kept} up to a sparsity of 50 % of the projections' weights, with the best method and mode."
     assert said([*good, *bad]).startswith("No method and mode keeps accuracy within 0.02")
     assert said([row.model_copy(update={"within_tolerance": None}) for row in one]).startswith("No masked cell can be")
     assert said([row.model_copy(update={"tuned": None}) for row in one]) == "No cell is measured yet."
@@ -153,3 +153,44 @@ def test_the_levels_name_what_is_not_known(grid, tmp_path):
     planned = [row.model_copy(update={"tuned": None}) for row in grid if row.task == "boolq"]
     _, (line,) = sparsity_tables.level_table(sparsity_answers.answers(tmp_path, planned))
     assert line[2:4] == ["missing", "missing"]
+
+
+def test_a_page_of_a_sweep_that_trained_nothing_names_no_tuned_model(grid, tmp_path):
+    rows = [row.model_copy(update={"tuning": "none", "mode": "untuned"}) for row in grid if row.mode == MODES[1]]
+    page = Page(sparsity_html.page(tmp_path, rows, pictures={})).words
+    assert "of the dense model, untuned" in page and "dense, untuned" in page
+    assert re.findall(r".{20}\b(?:tuned|tuning)\b", page) == []
+
+
+def test_a_page_says_what_sparsities_are_shares_of_and_the_share_of_weights_beside(grid, page, tmp_path):
+    assert "A sparsity is a share of the weights of the covered projections." in Page(page).words
+    channels = {"sparsity_of": "MLP channels"}
+    rows = [
+        row.model_copy(update=channels | {"measured_sparsity": round(row.sparsity * 2 / 3, 4)})
+        if row.method == "structured"
+        else row
+        for row in grid
+    ]
+    words = Page(sparsity_html.page(tmp_path, rows, pictures={})).words
+    assert "or of what goes as a whole (structured: of MLP channels), with the share of weights named beside" in words
+    assert "structured, sparse to dense (of MLP channels)" in words and ", 33.3 % of weights" in words
+    assert re.search(r"\d0 % of MLP channels \([\d.]+ % of weights\): 0\.", words), "the headline too"
+    assert "structured 0.5" in words and "(60 % of weights)" in words, "and the masked model at 90 %"
+
+
+def test_a_lead_over_shares_of_different_things_counts_them_all_in_weights(tmp_path):
+    def lead(rows) -> str:
+        return sparsity_tables.lead(rows, sparsity_answers.answers(tmp_path, rows), 0.02)[0]
+
+    rows = [row for row in full_grid(models=("tiny-llama",), tasks=("boolq",)) if row.sparsity in (0, 0.5)]
+    rows = [row.model_copy(update={"within_tolerance": row.method == "structured"}) for row in rows]
+    channels = {"sparsity_of": "MLP channels"}
+    cut = [
+        row.model_copy(update=channels | {"measured_sparsity": 1 / 3 if row.sparsity else None})
+        for row in rows
+        if row.method == "structured"
+    ]
+    told = "up to a sparsity of 50 % of MLP channels (33.3 % of the projections' weights), with"
+    assert told in lead(cut)
+    both = [*cut, *(row for row in rows if row.method != "structured")]
+    assert "up to a sparsity of 33.3 % of the projections' weights, with" in lead(both)

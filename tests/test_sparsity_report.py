@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 from fake_jobs import plan
 from typer.testing import CliRunner
 
-from nbhelpers import cli, records, sparsity_answers, sparsity_report, sparsity_results, stats, sweep
+from nbhelpers import (
+    cli,
+    commands_sweep,
+    records,
+    sparsity_answers,
+    sparsity_report,
+    sparsity_results,
+    stats,
+    sweep,
+    sweep_results,
+)
 from nbhelpers.sparsity_report import ResultRow, correctness, headline, methods_compared, modes_compared
 
 MODES = ("sparse_to_dense", "sparse_to_sparse")
@@ -19,6 +30,7 @@ def cell(number: int, sparsity: float, tuned: float | None, mode: str = MODES[1]
     told = {"row": number, "model": "m", "task": "t", "method": "magnitude", "mode": mode, "sparsity": sparsity}
     told |= {"pattern": "unstructured", "importance": "magnitude", "scope": "layer", "seed": 0, "job": f"j{number}"}
     told |= {"alias": False, "status": "finished" if tuned is not None else "planned", "metric": "acc", "tuned": tuned}
+    told |= {"chance": 0.25}
     if tuned is not None:
         told |= {"tuned_low": tuned - 0.05, "tuned_high": tuned + 0.05, "all_facts_hold": True}
     return ResultRow(**told | more)
@@ -166,10 +178,161 @@ def test_the_files_hold_every_row_of_the_plan_by_the_schema_that_stands_beside(f
     page = (report / "report.html").read_text(encoding="utf-8")
     pictures = {path.name for path in (report / "figures").iterdir()}
     assert {path.rpartition(".")[0] for path in pictures} == {
-        *("curves-01-tiny-gpt2-boolq", "map_sparse_to_sparse-01-tiny-gpt2-boolq", "training_speed"),
+        *("curves-01-tiny-gpt2-boolq", "map_untuned-01-tiny-gpt2-boolq", "training_speed"),
     }
     assert len(pictures) == 6 and page.count("<img") == 3, "a PNG and an SVG of each"
     assert "Every projection loses the same share in each of 1 masks" in page
+
+
+# Where the dense model is at chance --------------------------------------------------------------------------------
+
+AT_CHANCE = "he dense model is not above chance (0.500 [0.250, 0.750], chance 0.5): what masks cost cannot be told here"
+
+
+def at_chance(**more) -> list[ResultRow]:
+    wide = {"chance": 0.5, "tuned_low": 0.25, "tuned_high": 0.75}
+    return [cell(1, 0, 0.5, **wide | more), cell(2, 0.5, 0.5, **wide | more)]
+
+
+def test_beside_a_dense_model_at_chance_no_headline_is_given_and_no_row_passes():
+    found = judged(at_chance())
+    assert [(row.dense_above_chance, row.within_tolerance) for row in found] == [(False, None)] * 2
+    (best,) = headline(found)
+    assert best["sparsity"] is None and best["cannot_tell"] == f"t{AT_CHANCE}"
+    said = summary(found)
+    assert said.startswith(f"# Sparsity against accuracy\n\nT{AT_CHANCE}.\n") and "stays within" not in said
+    assert f"| m | t | any | t{AT_CHANCE} |" in said and "| magnitude | 50 %" not in said
+
+
+def test_the_lower_end_must_be_above_chance_and_an_answer_that_is_written_has_none():
+    def told(**more) -> bool | None:
+        return judged(at_chance(**more))[0].dense_above_chance
+
+    assert told(chance=0.25) is False and told(chance=0.24) is True
+    assert told(metric="exact_match_strict", chance=None) is True
+    assert told(metric="exact_match_strict", chance=None, tuned_low=0.0) is False
+    assert told(chance=None) is None, "answers by choice that are not in the folder"
+    assert "chance is not known, as the answers are not in the folder" in summary(judged(at_chance(chance=None)))
+    one = judged(at_chance(tuned_low=None, tuned_high=None))
+    assert "One document cannot show the dense model above chance (0.500, chance 0.5)" in summary(one)
+
+
+def test_a_model_and_task_at_chance_is_named_beside_those_that_are_not():
+    good = [cell(3, 0, 0.9, task="u"), cell(4, 0.5, 0.9, task="u")]
+    said = summary(judged([*at_chance(), *good]))
+    assert "Accuracy stays within 0.02 of the tuned dense model up to a sparsity of 50 %" in said
+    assert f"\nm on t: t{AT_CHANCE}.\n" in said and "| m | u | magnitude | 50 % of weights: 0.900" in said
+
+
+# What was not trained, and what was cut ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def channels(tmp_path_factory):
+    """A sweep that cuts MLP channels and trains nothing, both modes asked for, in two cells each."""
+    base = {"model": "tiny-gpt2", "task": "boolq", "limit": 4, "tuning": "none", "device": "cpu"}
+    base |= {"pattern": "structured", "dimension": "channels"}
+    axes = {"sparsity": [0, 0.5], "mode": list(MODES)}
+    place = tmp_path_factory.mktemp("channels") / "s"
+    sweep.run({"kind": "sparsity", "base": base, "axes": axes}, place)
+    return place
+
+
+def test_the_rows_say_that_nothing_was_trained_and_what_was_cut(channels):
+    found = sparsity_report.rows(channels)
+    assert {row.tuning for row in found} == {"none"} and {row.steps for row in found} == {None}
+    assert [row.mode for row in found] == [f"{mode}_untuned" for mode in MODES] * 2
+    assert {(row.dimension, row.sparsity_of) for row in found} == {("channels", "MLP channels")}
+    (share,) = {row.measured_sparsity for row in found if row.sparsity}
+    assert share == 0.25, "a block has 4 h^2 weights of attention and, at 2 h channels, 4 h^2 of MLP: half of these"
+    properties = ResultRow.model_json_schema()["properties"]
+    assert "sparsity_of names" in properties["sparsity"]["description"]
+    assert "MLP channels" in properties["sparsity_of"]["description"] and properties["tuning"]["description"]
+
+
+def test_the_report_of_untuned_channels_at_chance_says_all_three(channels, tmp_path):
+    found = call("sweep", "report", channels, "--out", tmp_path)
+    assert found.exit_code == 0
+    assert "tiny-gpt2 on boolq: the dense model is not above chance (" in found.stdout
+    assert "highest sparsity within" not in found.stdout
+    told = {name: (tmp_path / name).read_text(encoding="utf-8") for name in ("summary.md", "correctness.md")}
+    for words in (*told.values(), *sweep_results.SweepResults(channels).verdicts(), found.stdout):
+        assert re.findall(r"\b(?:tuned|tuning)\b", words) == []
+    assert "of MLP channels" in told["summary.md"] and "0.5 of MLP channels" in told["correctness.md"]
+    assert ", 25 % of weights" in told["summary.md"]
+    assert "nothing was trained, so there are no two modes" in told["correctness.md"]
+    panel = sweep_results.SweepResults(channels)
+    assert "the dense model is not above chance" in panel.verdicts()[0] and len(panel.verdicts()) == 1
+    assert "25 % of weights" in panel.table() and "nothing was trained" in panel.text()
+    assert all(fact["ok"] for fact in panel.facts()), "no two modes were trained, so none are alike"
+
+
+def test_the_command_names_what_a_sparsity_is_a_share_of():
+    rows = [cell(1, 0, 0.8, tuning="none"), cell(2, 0.5, 0.8, tuning="none")]
+    cut = [row.model_copy(update={"sparsity_of": "MLP channels", "measured_sparsity": 1 / 3}) for row in rows]
+
+    def shown(rows) -> str:
+        told = {"finished": 2, "rows": 2, "facts_failed": 0, "tolerance": 0.02, "compared": None, "files": []}
+        told |= {"headline": headline(judged(rows)), "judged_by": sparsity_results.dense_said(rows)}
+        return commands_sweep.show_report(told)
+
+    assert "highest sparsity within 0.02 of the dense model, untuned:" in shown(rows)
+    assert shown(rows).endswith("  0.5  m t magnitude sparse_to_sparse (of weights)")
+    assert shown(cut).endswith("  0.5  m t magnitude sparse_to_sparse (of MLP channels, 33.3 % of weights)")
+
+
+def test_the_best_of_a_sweep_with_and_without_training_is_judged_each_by_its_own_dense_model():
+    rows = [cell(1, 0, 0.9, method="lora", tuning="lora"), cell(2, 0.5, 0.6, method="lora", tuning="lora")]
+    rows += [cell(3, 0, 0.6, "untuned", method="none", tuning="none")]
+    rows += [cell(4, 0.5, 0.6, "untuned", method="none", tuning="none")]
+    assert [row.within_tolerance for row in judged(rows)] == [True, False, True, True]
+    said = summary(judged(rows))
+    assert "of the dense model of the same tuning" in said
+    assert "| m | t | 0.900 [" in said, "no mean of a tuned and an untuned one"
+
+
+def test_an_alias_says_what_its_own_place_would_have_cut(tmp_path):
+    base = {"model": "tiny-gpt2", "task": "boolq", "limit": 4, "tuning": "none", "device": "cpu"}
+    fields = {"single": ("unstructured", "outputs"), "whole": ("structured", "channels")}
+    method = {name: dict(zip(("pattern", "dimension"), value, strict=True)) for name, value in fields.items()}
+    sweep.run({"kind": "sparsity", "base": base, "axes": {"method": method, "sparsity": [0]}}, tmp_path / "s", only=1)
+    found = sparsity_report.rows(tmp_path / "s")
+    assert [row.sparsity_of for row in found] == ["weights", "MLP channels"] and found[1].alias
+
+
+# Hashes of the data, and what failed ------------------------------------------------------------------------------
+
+
+def test_each_run_stands_with_the_hashes_of_the_data_that_it_recorded(channels, tmp_path):
+    sparsity_report.write(channels, tmp_path)
+    said = (tmp_path / "correctness.md").read_text(encoding="utf-8")
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        recorded = records.read_json(channels / "runs" / row["run"] / "manifest.json")["fingerprints"]
+        assert (row["documents_sha256"], row["text_sha256"]) == (recorded["documents"], recorded["text"])
+        assert len(row["text_sha256"]) == 64 and row["calibration_sha256"] == ""
+        if row["alias"] == "false":
+            (line,) = (line for line in said.splitlines() if line.startswith(f"| {row['row']} |"))
+            assert f"| {recorded['documents'][:12]} | {recorded['text'][:12]} | none |" in line
+
+
+def test_the_rows_that_weights_were_scored_on_have_their_hash(tmp_path):
+    records.write_json(tmp_path / "manifest.json", {"fingerprints": {"text": "a" * 64}})
+    records.write_json(tmp_path / "result.json", {"mask": {"scored_on": "b" * 64}})
+    told = {"documents_sha256": None, "text_sha256": "a" * 64, "calibration_sha256": "b" * 64}
+    assert sparsity_results._hashes(tmp_path) == told
+    said = correctness([cell(1, 0.5, 0.8, **told)])
+    assert f"| not recorded | {'a' * 12} | {'b' * 12} | OK |" in said
+
+
+def test_each_run_that_failed_has_a_row_with_its_class_and_one_line():
+    lost = {"status": "failed", "failure": "out of memory", "error": "no 3 GB|left\non cuda:0"}
+    rows = [cell(1, 0, 0.8), cell(2, 0.5, None, **lost), cell(3, 0.5, None, alias=True, **lost), cell(4, 0.7, None)]
+    said = correctness(rows).split("## What failed")[1]
+    assert "| 2 | m t magnitude 0.5 sparse to sparse | out of memory | no 3 GB/left on cuda:0 |" in said
+    assert len([line for line in said.splitlines() if line.startswith("| ")]) == 3, "names, a rule, one run"
+    assert "What failed" not in correctness(rows[:1])
 
 
 def test_a_sweep_of_another_kind_or_a_tolerance_that_is_none_is_refused(tmp_path):
