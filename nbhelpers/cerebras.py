@@ -24,7 +24,8 @@ TRIED = "not tried on a CS-3: compare with the documentation of the installed re
 
 
 class SparseModelWrapper(nn.Module):
-    """A model whose masked weights are zero, and can be set to zero again: `wrapper(...)` is `model(...)`.
+    """A model whose masked weights are zero, and can be set to zero again: `wrapper(...)` is `model(...)`, `config` and
+    `generate` are the model's.
 
     mode sparse_to_dense: they are zero at the start and free to grow; sparse_to_sparse: `apply_masks` keeps them zero.
     """
@@ -32,11 +33,19 @@ class SparseModelWrapper(nn.Module):
     def __init__(self, model: nn.Module, mask: Mask, mode: Mode) -> None:
         super().__init__()
         _check_mode(mode)
+        _check_mask(mask)
         self.model, self.mask, self.mode = model, mask, mode
         masks.apply(model, mask)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         return self.model(*arguments, **named)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def generate(self, *arguments: Any, **named: Any) -> Any:
+        return self.model.generate(*arguments, **named)
 
     def apply_masks(self) -> int:
         """Set every masked weight to zero; returns how many were not. Nothing in mode sparse_to_dense."""
@@ -57,8 +66,18 @@ def _check_mode(mode: str) -> None:
         raise ValueError(f"mode must be {' or '.join(get_args(Mode))}, got {mode!r}")
 
 
+def _check_mask(mask: Mask) -> None:
+    if isinstance(mask, Mapping):
+        return
+    more = ""
+    if isinstance(mask, masks.Levels):
+        more = f": give levels.mask(sparsity), with one of {', '.join(map(str, mask.sparsities))}"
+    raise TypeError(f"mask must be {{name: bool tensor}} of one sparsity, got {type(mask).__name__}{more}")
+
+
 def prepare_sparse_model(model: nn.Module, mask: Mask, mode: Mode = "sparse_to_sparse") -> SparseModelWrapper:
-    """The model masked and wrapped. ValueError where the mask does not fit, and nothing is touched then."""
+    """The model masked and wrapped. ValueError where the mask does not fit, TypeError where it is none, and nothing is
+    touched then."""
     return SparseModelWrapper(model, mask, mode)
 
 
@@ -69,6 +88,11 @@ class SparseMaskCallback:
     """
 
     def __init__(self, wrapper: SparseModelWrapper) -> None:
+        if not isinstance(wrapper, SparseModelWrapper):
+            raise TypeError(
+                f"wrapper must be a SparseModelWrapper, got {type(wrapper).__name__}: give what prepare_sparse_model "
+                "returned"
+            )
         self.wrapper, self.steps = wrapper, 0
         self.revived: dict[int, int] = {}
 
@@ -93,6 +117,7 @@ def create_sparse_config(mask: Mask, mode: Mode = "sparse_to_sparse", **training
     training: what goes under "training" as it is (steps, learning_rate, batch_size, ...).
     """
     _check_mode(mode)
+    _check_mask(mask)
     counted = {name: 1 - kept.float().mean().item() for name, kept in mask.items()}
     groups = [
         {"params": name, "algorithm": "static", "init_method": "from_zeros", "sparsity": share}
@@ -111,6 +136,7 @@ def export(folder: str | Path, model: nn.Module, mask: Mask, mode: Mode = "spars
     """Write masks.pt, masks.safetensors (the same masks) and run.yaml into a new folder; the model's own weights go
     there by models.save_model. ValueError where the mask does not fit the model."""
     _check_mode(mode)
+    _check_mask(mask)
     masks.check_fits(model, {name: tuple(kept.shape) for name, kept in mask.items()})
     folder = records.check_output_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -200,8 +200,8 @@ def show_plan(found: dict[str, Any]) -> str:
     if found["estimated_hours"] is not None:
         how = "by pilots timed" if found.get("calibrated") else "by an estimate at this machine's speed"
         lines.append(f"about {in_words(3600 * found['estimated_hours'])} {how}{_by_workers(found, in_words)}")
-    if found["not_estimated"]:
-        lines.append(f"{found['not_estimated']} jobs could not be estimated")
+    lines += [f"{count} jobs could not be estimated: {why}" for why, count in found["why_not_estimated"].items()]
+    lines += found["notes"]
     if "probe" in found:
         lines.append(f"laid down in {found['folder']} (probe {found['probe']['token']}): sweep worker PLAN --folder it")
     if not found["order"]:

@@ -22,6 +22,7 @@ from nbhelpers import (
     answers,
     facts,
     generation,
+    mask_choice,
     mask_sets,
     masks,
     memory,
@@ -57,7 +58,9 @@ class EvaluationConfig(StrictConfig):
     limit: int | None = Field(None, ge=1, description="the first so many rows, in order; None = all")
     lenient: bool = Field(False, description="leave out rows that cannot be used, and list them")
     adapter: str | None = Field(None, description="folder of adapters (PEFT) to put on the model; None = none")
-    masks: str | None = Field(None, description="mask file to apply before anything is asked; None = none")
+    masks: str | None = Field(
+        None, description="mask file, or the folder of masks create, to apply before anything is asked; None = none"
+    )
     masks_sparsity: float | None = Field(None, ge=0, le=1, description="which of its sparsities; None = the only one")
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="weights in 8 or 4 bits; None = as they are")
     dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = Field(
@@ -71,6 +74,11 @@ class EvaluationConfig(StrictConfig):
     def _fields_fit_together(self) -> EvaluationConfig:
         if self.masks is None and self.masks_sparsity is not None:
             raise ValueError(f"masks_sparsity is one of a mask file's: name the file, got {self.masks_sparsity} alone")
+        if self.masks is not None and self.quantization is not None:
+            raise ValueError(
+                f"masks go onto whole weights, got quantization {self.quantization!r} too: mask the model first "
+                "(nbhelpers masks apply), then quantise what that wrote"
+            )
         return self
 
 
@@ -305,6 +313,8 @@ class EvaluationExperiment:
         models.load_config(config.model)
         if config.adapter is not None:
             models.check_adapters(config.adapter)
+        if config.masks is not None:
+            mask_choice.level_in(config.masks, config.masks_sparsity, "--masks-sparsity")
         rows, asked = questions(
             config.task,
             config.data,
@@ -323,23 +333,17 @@ class EvaluationExperiment:
 
 
 def _identity(config: EvaluationConfig, rows: tasks.Rows, asked: Sequence[tasks.Asked]) -> dict[str, Any]:
+    masks_sha256 = None if config.masks is None else records.sha256_known(mask_choice.file_in(config.masks))
     return answer_cache.identity(
         config.model,
         rows,
         asked,
         device=config.device,
         adapter=None if config.adapter is None else models.files_fingerprint(config.adapter),
-        masks=None if config.masks is None else [records.sha256_known(_mask_file(config.masks)), config.masks_sparsity],
+        masks=None if masks_sha256 is None else [masks_sha256, config.masks_sparsity],
         dtype=config.dtype,
         quantization=config.quantization,
     )
-
-
-def _mask_file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise LookupError(f"mask file {name!r} does not exist")
-    return path
 
 
 def _run(config, tracker: ExperimentTracker, rows, asked, identity, progress, should_stop) -> dict[str, Any]:
@@ -385,7 +389,7 @@ def _answer(config, tracker: ExperimentTracker, rows, asked, tell, should_stop):
             config.model, device=config.device, dtype=config.dtype, quantization=config.quantization
         )
         if config.masks is not None:  # before adapters: a mask is one of the model's own weights
-            file = mask_sets.load_for(_mask_file(config.masks), config.model, loaded.model)
+            file = mask_sets.load_for(mask_choice.file_in(config.masks), config.model, loaded.model)
             chosen = file.levels.lazily(config.masks_sparsity)
             masks.apply(loaded.model, chosen)
         if config.adapter is not None:

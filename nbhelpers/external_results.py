@@ -23,6 +23,7 @@ COLUMNS = ("row", *KEYS, "ours", "ours_low", "ours_high", "theirs", "difference"
 COLUMNS += ("our_protocol", "their_protocol")
 NAMED = 5  # cells without a partner that are named
 SHORT = {"s2s": "sparse_to_sparse", "s2d": "sparse_to_dense"}
+MODES = ("dense", *SHORT.values())  # of our rows; dense is without zeros
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -51,6 +52,8 @@ def read(
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"'{path}' is not text in UTF-8 ({error.reason}): save it as CSV UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"'{path}' is empty: name a table with a header and results")
     reader = csv.DictReader(io.StringIO(text, newline=""))
     header = [name for name in reader.fieldnames or () if name]
     if len(header) == 1 and ";" in header[0]:
@@ -113,6 +116,9 @@ def _row(line: Mapping[str, Any], mapped: Mapping[str, str], number: int) -> dic
             row[ours] = _seed(text, theirs, number) if text else None
         elif text:
             row[ours] = _mode(text) if ours == "mode" else text
+    if row["sparsity"] and row.get("mode") not in (None, *MODES):  # without zeros the mode decides nothing
+        column = next(theirs for theirs, ours in mapped.items() if ours == "mode")
+        raise LookupError(f"line {number}, column {column!r}: {unknown('mode', row['mode'], MODES)}")
     return row
 
 

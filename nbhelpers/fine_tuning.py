@@ -214,6 +214,8 @@ class FineTuningExperiment(StagedExperiment):
     def _check(config: FineTuningConfig) -> tuple[Any, data.Corpus, int, dict[str, list[dict]]]:
         """(tokenizer, corpus, window, rows by part), before any weights: what is wrong with them is said here."""
         runtime.check_supported()
+        if config.masks is not None:
+            mask_choice.level_in(config.masks, config.share)
         window = check_window(config.window, models.load_config(config.model))
         tokenizer = models.load_tokenizer(config.model)
         if config.control is not None:

@@ -98,13 +98,16 @@ def sparsity() -> JobKind:
     from nbhelpers import mask_sets, shared_models, sparsity_price
     from nbhelpers.sparsity import SparsityConfig, SparsityExperiment
 
+    def run(config, run_dir=None, **how) -> dict[str, Any]:
+        return SparsityExperiment.run(config, run_dir=run_dir, sparsities=_asked_together(config, run_dir), **how)
+
     def close() -> None:
         shared_models.release()
         mask_sets.release()
 
     return JobKind(
         config=SparsityConfig,
-        run=SparsityExperiment.run,
+        run=run,
         resolve=_resolved_sparsity,
         fingerprint=lambda config: {
             "model": _model_files(config.model),
@@ -125,13 +128,57 @@ def sparsity() -> JobKind:
     )
 
 
-def _sparsity_seconds(config) -> float | None:
+def _asked_together(config, run_dir: str | Path | None) -> list[float]:
+    """The sparsities that the sweep whose folder holds this run asks of the same ranking of weights. None of a search,
+    whose jobs come one by one: its sets would change with each."""
+    from nbhelpers.ledger import Ledger
+    from nbhelpers.sparsity_price import ranking
+
+    folder = None if run_dir is None else Path(run_dir).parent.parent
+    if folder is None or not (folder / "plan.json").is_file():
+        return []
+    ledger = Ledger(folder)
+    if ledger.plan["kind"] != "sparsity" or ledger.plan.get("search"):
+        return []
+    ours = ranking(config.model_dump())
+    return [job.config["sparsity"] for job in ledger.jobs.values() if ranking(job.config) == ours]
+
+
+def check_rows(kind: str, config: Mapping[str, Any]) -> None:
+    """LookupError, ValueError: what is wrong with the files that a job asks rows of, said before any job begins. The
+    hub's rows are not looked at."""
+    from nbhelpers import sparsity_price, tasks
+
+    for field in ROWS.get(kind, ()):
+        source = config.get(field)
+        if source not in (None, tasks.BUNDLED) and not Path(source).expanduser().exists():
+            raise LookupError(f"{field}: file {source!r} does not exist; put it there or name another one")
+    if kind == "sparsity":
+        from nbhelpers.sparsity import SparsityConfig, training_source
+
+        for source in (config["data"], training_source(SparsityConfig(**config))):
+            if source is not None:
+                sparsity_price.documents(config["task"], source, None)
+
+
+ROWS = {"sparsity": ("data", "train_data"), "evaluation": ("data", "shots_data")}  # fields that can name a file of rows
+
+
+def _sparsity_seconds(config) -> float:
+    """LookupError where that cannot be known here, in words."""
+    from nbhelpers import models, runtime
     from nbhelpers.durations import sparsity_seconds
 
-    try:
-        return sparsity_seconds(config)
-    except (LookupError, ValueError):  # rows or model on the hub, or what the job itself refuses with better words
-        return None
+    far = ["the model"] if models.locate(config.model)[0] == "hub" else []
+    far += ["the rows"] if config.data is None else []
+    if far:
+        raise LookupError(f"{' and '.join(far)} of the hub must be there for that: {CALIBRATE}")
+    if config.device is not None and config.device.partition(":")[0] not in ("cpu", runtime.device()):
+        raise LookupError(f"device {config.device!r} is not on this machine: {CALIBRATE}")
+    return sparsity_seconds(config)
+
+
+CALIBRATE = "run sweep plan with --calibrate on the machine that will do it"
 
 
 EARLY = {0: 0, 0.5: 1, 0.9: 2}  # a curve is seen from its ends and its middle

@@ -66,8 +66,10 @@ def check_fields(config: Any) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """A mask and how it came about. facts: of its counts, where somebody asked for a number; record: plain values."""
+    """A mask and how it came about. level: the sparsity that was asked for; facts: of its counts, where somebody asked
+    for a number; record: plain values."""
 
+    level: float
     mask: Mapping[str, torch.Tensor]
     sha256: str
     record: Mapping[str, Any]
@@ -100,7 +102,7 @@ def choose(
         should_stop=should_stop,
     )
     record = found.record() | {"importance": config.importance} | coverage(model, found.alone)
-    return Choice(found.mask, found.sha256, record, (found.fact(model),))
+    return Choice(sparsity, found.mask, found.sha256, record, (found.fact(model),))
 
 
 def stored(model: nn.Module, name: str, path: str | Path, sparsity: float | None = None) -> Choice:
@@ -124,7 +126,8 @@ def stored(model: nn.Module, name: str, path: str | Path, sparsity: float | None
         "importance": file.header["importance"],
         **file.levels.how,
     }
-    return Choice(mask, record["sha256"], record | coverage(model, alone))
+    level = file.levels.sparsities[0] if sparsity is None else sparsity
+    return Choice(level, mask, record["sha256"], record | coverage(model, alone))
 
 
 def file_in(path: str | Path) -> Path:
@@ -138,6 +141,20 @@ def file_in(path: str | Path) -> Path:
     if len(found) != 1:
         raise LookupError(f"'{path}' holds {len(found)} mask files (masks.safetensors, .pt, .npz): name one file")
     return found[0]
+
+
+def level_in(path: str | Path, sparsity: float | None = None, option: str = "--sparsity") -> float:
+    """The sparsity that is meant of a mask file, or the folder it lies in: this one, or its only one; no model needed.
+
+    LookupError for one that it does not hold, and where it holds several and none is chosen, naming the `option`.
+    """
+    place = file_in(path)
+    levels = mask_files.load(place).levels
+    if sparsity is None and len(levels.sparsities) > 1:
+        told = ", ".join(map(str, levels.sparsities))
+        raise LookupError(f"mask file '{place}' holds the sparsities {told}: choose one with {option}")
+    levels.lazily(sparsity)
+    return levels.sparsities[0] if sparsity is None else sparsity
 
 
 def coverage(model: nn.Module, alone: masks.Levels) -> dict[str, Any]:

@@ -24,8 +24,10 @@ import torch
 from torch import nn
 
 from nbhelpers import masks, models, records
+from nbhelpers.architecture import is_quantised
 from nbhelpers.mask_selection import bits_for, exact, packed_bytes
 from nbhelpers.masks import Levels
+from nbhelpers.projections import projections
 from nbhelpers.registry import unknown
 
 FORMAT = 1
@@ -139,6 +141,12 @@ def load(path: str | Path, model: nn.Module | None = None, *, same_weights: bool
 
 
 def _check_model(path: Path, found: MaskFile, model: nn.Module, same_weights: bool) -> None:
+    if any(is_quantised(module) for module in model.modules() if isinstance(module, nn.Linear)):
+        raise ValueError(
+            f"mask file '{path}' is for whole weights, and this model is quantised: mask the model first (nbhelpers "
+            "masks apply), then quantise it"
+        )
+    projections(model, accept_low_coverage=True)  # what is wrong with the model itself is said of the model
     try:
         masks.check_fits(model, found.levels.shapes)
     except ValueError as error:

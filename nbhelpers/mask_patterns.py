@@ -7,9 +7,10 @@ order of their projections, experts and numbers. The score of a group is the sum
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,11 @@ SCOPES = {  # what scores are compared with; the first one is meant where none i
     "nm": ("group",),
 }
 DIMENSIONS = ("outputs", "inputs", "channels")
+GROUPS = {  # what a sparsity of pattern `structured` is a share of: (of all of them, of each)
+    "outputs": ("output rows", "projection"),
+    "inputs": ("input columns", "projection"),
+    "channels": ("MLP channels", "layer"),
+}
 
 Packed = Iterator[tuple[str, torch.Tensor]]
 
@@ -102,6 +108,14 @@ def structured(request: Request) -> Packed:
             along = 2 if _reads(request, one.name, block) else 1
             matrix.copy_(codes[number].repeat(1, block[one.name]).unsqueeze(3 - along))
         yield one.name, _packed(found, request.bits)
+
+
+def share_of(how: Mapping[str, Any]) -> str:
+    """What the sparsities that were asked for are shares of: groups of `structured`, or else weights."""
+    if how.get("pattern") != "structured":
+        return "the weights"
+    what, each = GROUPS[how["dimension"]]
+    return f"all {what}" if how["scope"] == "global" else f"the {what} of each {each}"
 
 
 def _reads(request: Request, name: str, block: dict[str, int]) -> bool:

@@ -1,14 +1,14 @@
 """Which mask does a run want, and was it made before? One ranking of the weights serves all sparsities of a sweep.
 
-Masks of the ten usual sparsities are made together, nested, from one scoring, and kept beside the run directories under
-everything that decides them: the model's files, importance, pattern, scope, seed, and where the importance looks at
-data the fingerprint of the calibration rows, so that the scores of one task never serve another.
+Masks of the usual sparsities and of all others of a plan are made together, nested, from one scoring, and kept beside
+the run directories under everything that decides them: the model's files, importance, pattern, scope, seed, and where
+the importance looks at data the fingerprint of the calibration rows: the scores of one task never serve another.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn
 from nbhelpers import calibration, channels, facts, importance, mask_files, mask_statistics, masks, models, records
 from nbhelpers.facts import Fact
 from nbhelpers.mask_patterns import SCOPES
+from nbhelpers.mask_selection import MOST_LEVELS
 from nbhelpers.projections import projections
 
 FORMAT = 1  # of the code that scores and selects: a new number makes every kept set an old one
@@ -129,18 +130,24 @@ def chosen(
     *,
     folder: Path,
     model_files: Any = None,
+    others: Iterable[float] = (),
     should_stop: Callable[[], bool] | None = None,
 ) -> Chosen:
     """The mask of this sparsity, from the set that was made before or a new one.
 
     rows: what an importance that looks at data is scored on. model_files: what identifies the model's weights where
-    that is cheaper than to read them all: sha256 of its files. folder: where sets are kept.
+    that is cheaper than to read them all: sha256 of its files. folder: where sets are kept. others: the sparsities that
+    a plan asks of the same ranking: one scoring serves them all where each of its jobs names the same ones.
     """
     looks = importance.needs_data(wanted.importance)
     scored_on = calibration.fingerprint(rows) if looks else None
     weight = next(model.parameters())
     content = {"format": FORMAT, "model": model_files or models.fingerprint(model), **vars(wanted)}
-    content |= {"dtype": str(weight.dtype), "device": weight.device.type, "sparsities": _together(wanted, sparsity)}
+    content |= {
+        "dtype": str(weight.dtype),
+        "device": weight.device.type,
+        "sparsities": _together(wanted, sparsity, others),
+    }
     key = records.sha256_json(content | {"scored_on": scored_on})
     path = folder / f"{key}.safetensors"
     if key in _held:
@@ -179,10 +186,25 @@ def _bytes(levels: masks.Levels) -> int:
     return sum(packed.numel() for packed in levels.packed.values())
 
 
-def _together(wanted: Wanted, sparsity: float) -> list[float]:
+def in_sets(pattern: str, sparsities: Iterable[float]) -> list[list[float]]:
+    """The sparsities asked of one ranking, in the sets that they are made in, each from a scoring of its own: a single
+    one with the usual sparsities where it can hold them all, else as few as hold what is asked. 0 is in none."""
+    asked = sorted({float(sparsity) for sparsity in sparsities} - {0.0})
+    whole = sorted({*_usual(pattern), *asked})
+    if len(whole) <= MOST_LEVELS:
+        return [whole]
+    return [asked[first : first + MOST_LEVELS] for first in range(0, len(asked), MOST_LEVELS)]
+
+
+def _usual(pattern: str) -> list[float]:
+    return [n / GROUP for n in range(1, GROUP)] if pattern == "nm" else list(USUAL)
+
+
+def _together(wanted: Wanted, sparsity: float, others: Iterable[float]) -> list[float]:
     """The sparsities of the set that this one belongs to."""
-    usual = [n / GROUP for n in range(1, GROUP)] if wanted.pattern == "nm" else list(USUAL)
-    return sorted({*usual, float(sparsity)})
+    if sparsity == 0:
+        return [0.0, *_usual(wanted.pattern)]
+    return next(found for found in in_sets(wanted.pattern, [sparsity, *others]) if float(sparsity) in found)
 
 
 def _groups(found: Chosen, model: nn.Module) -> dict[str, tuple[int, int, int]]:

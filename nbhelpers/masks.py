@@ -24,7 +24,7 @@ from nbhelpers.mask_selection import count, exact
 from nbhelpers.projections import Projections, projections
 from nbhelpers.registry import unknown
 
-__all__ = ["Levels", "apply", "count", "create", "levels", "pack", "read_off", "verify", "weights"]
+__all__ = ["Levels", "apply", "ascending", "count", "create", "how", "levels", "pack", "read_off", "verify", "weights"]
 
 Mask = Mapping[str, torch.Tensor]
 Scores = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Callable[[], Iterable]
@@ -81,7 +81,10 @@ class Levels:
         if sparsity is None and len(self.sparsities) == 1:
             return 0
         known = [exact(one) for one in self.sparsities]
-        if sparsity is None or exact(sparsity) not in known:
+        if sparsity is None:
+            told = ", ".join(map(str, self.sparsities))
+            raise LookupError(f"the masks are of several sparsities, {told}: choose one (--sparsity)")
+        if exact(sparsity) not in known:
             raise LookupError(unknown("sparsity", sparsity, map(str, self.sparsities)))
         return known.index(exact(sparsity))
 
@@ -110,8 +113,8 @@ def create(
     *,
     pattern: str = "unstructured",
     scope: str | None = None,
-    dimension: str = "outputs",
-    group: int = 4,
+    dimension: str | None = None,
+    group: int | None = None,
     absolute: bool = False,
     accept_low_coverage: bool = False,
 ) -> Levels:
@@ -119,28 +122,51 @@ def create(
 
     scores: of every covered projection, of its stored shape, in float32, bfloat16 or float16: a mapping, pairs in the
     order of the projections, or a function that begins such pairs anew. scope `global` reads them three times.
-    scope: SCOPES[pattern], the first one by default. dimension: of `structured`; group: M of `nm`, whose sparsity is
-    1 - N/M. absolute: compare |score|: magnitude straight from `weights(model)`. The model may lie on the meta device.
-    ValueError for scores that do not fit or hold NaN, and for wrong options; LookupError for unknown names.
+    scope, dimension, group: see `how`. absolute: compare |score|: magnitude straight from `weights(model)`. The model
+    may lie on the meta device. ValueError for scores that do not fit or hold NaN, and for wrong options; LookupError
+    for unknown names.
     """
-    function = PATTERNS[pattern]
-    scope = SCOPES[pattern][0] if scope is None else scope
-    if scope not in SCOPES[pattern]:
-        raise LookupError(unknown(f"scope of pattern {pattern!r}", scope, SCOPES[pattern]))
-    if dimension not in DIMENSIONS:
-        raise LookupError(unknown("dimension", dimension, DIMENSIONS))
+    chosen = how(pattern, scope, dimension, group)
     covered = projections(model, accept_low_coverage).covered
-    fractions = _ascending(sparsities)
+    fractions = ascending(sparsities)
     shapes = {one.name: one.shape for one in covered}
-    begin = _begin(scores, list(shapes), again=pattern == "unstructured" and scope == "global")
+    begin = _begin(scores, list(shapes), again=pattern == "unstructured" and chosen["scope"] == "global")
 
     def pairs() -> Iterator[tuple[str, torch.Tensor]]:
         return _fitting(begin(), shapes)
 
-    asked = Request(model, covered, pairs, fractions, scope, dimension, group, absolute)
-    how = {"pattern": pattern, "scope": scope}
-    how |= {"dimension": dimension} if pattern == "structured" else {"group": group} if pattern == "nm" else {}
-    return Levels(tuple(map(float, fractions)), shapes, dict(function(asked)), how)
+    options = {name: value for name, value in chosen.items() if name != "pattern"}
+    asked = Request(model, covered, pairs, fractions, absolute=absolute, **options)
+    return Levels(tuple(map(float, fractions)), shapes, dict(PATTERNS[pattern](asked)), chosen)
+
+
+def how(
+    pattern: str, scope: str | None = None, dimension: str | None = None, group: int | None = None
+) -> dict[str, Any]:
+    """What chooses the weights, by name, what is left out filled in.
+
+    scope: SCOPES[pattern], the first one by default. dimension: of `structured`, `outputs` by default. group: M of
+    `nm`, whose sparsity is 1 - N/M, 4 by default. LookupError for unknown names, ValueError for an option of another
+    pattern.
+    """
+    if pattern not in PATTERNS:
+        raise LookupError(unknown("pattern", pattern, PATTERNS))
+    known = SCOPES[pattern]
+    scope = known[0] if scope is None else scope
+    if scope not in known:
+        raise LookupError(unknown(f"scope of pattern {pattern!r}", scope, known))
+    for name, value, own in (("dimension", dimension, "structured"), ("group", group, "nm")):
+        if value is not None and pattern != own:
+            raise ValueError(f"{name} is of pattern {own!r}, got {value!r} with {pattern!r}: leave it out")
+    found = {"pattern": pattern, "scope": scope}
+    if pattern == "nm":
+        return found | {"group": 4 if group is None else group}
+    if pattern != "structured":
+        return found
+    dimension = DIMENSIONS[0] if dimension is None else dimension
+    if dimension not in DIMENSIONS:
+        raise LookupError(unknown("dimension", dimension, DIMENSIONS))
+    return found | {"dimension": dimension}
 
 
 def levels(
@@ -149,7 +175,7 @@ def levels(
     """Unstructured masks of whatever the scores are of, without a model; scope: `global` or `layer`."""
     if scope not in ("global", "layer"):
         raise LookupError(unknown("scope without a model", scope, ("global", "layer")))
-    fractions, shapes = _ascending(sparsities), {}
+    fractions, shapes = ascending(sparsities), {}
     begin = _begin(scores, None, again=scope == "global")
 
     def pairs() -> Iterator[tuple[str, torch.Tensor]]:
@@ -183,7 +209,7 @@ def pack(mask: Mask, how: Mapping[str, Any] | None = None) -> Levels:
     return Levels((gone / numbers,), {name: tuple(kept.shape) for name, kept in mask.items()}, packed, how or {})
 
 
-def _ascending(sparsities: float | Sequence[float]) -> list[Fraction]:
+def ascending(sparsities: float | Sequence[float]) -> list[Fraction]:
     """Each once. ValueError for none, too many, or one outside [0, 1]."""
     several = isinstance(sparsities, Sequence) and not isinstance(sparsities, str)
     found = sorted({exact(one) for one in (sparsities if several else [sparsities])})

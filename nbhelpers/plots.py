@@ -80,7 +80,8 @@ def stages(result: Mapping) -> Figure:
     else:
         axes.set_ylim(0, max(values) * 1.15)
     axes.set_xlim(-0.6, max(len(names), 4) - 0.4)  # a bar keeps its place and width while others come
-    how = f"{result['strategy']}, level {result['level']:g}" if "strategy" in result else METHODS[result["method"]]
+    level = f", level {result['level']:g}" if result.get("level") is not None else ""  # the only one of a mask file
+    how = f"{result['strategy']}{level}" if "strategy" in result else METHODS[result["method"]]
     if result.get("mask") and "strategy" not in result:
         how += f", {result['mask']['sparsity']:.0%} of the weights masked"
     axes.set_title(f"{_short(result['model'])}: {how}", fontsize=11)

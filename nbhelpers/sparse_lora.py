@@ -5,8 +5,8 @@ sparse_to_sparse: every forward pass computes x (W + scaling (B A) . M), so the 
 and has exactly the zeros of the mask. Masks alone make nothing faster: a zero is multiplied like any other number.
 
 A mask is a dict: name of a parameter as in `model.named_parameters()` of the model without adapters -> bool tensor of
-its stored shape, True where a weight is kept. On a 4-bit model it masks the delta alone: mask the weights before they
-are quantised.
+its stored shape, True where a weight is kept. Weights in 4 bits cannot be set to zero: they must be zero there already,
+as those are of a model that was masked before it was quantised.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,6 +24,7 @@ from torch import nn
 from nbhelpers import adapters, evaluate, mask_files, masked_adapters, masks, models, projections, records, runtime
 from nbhelpers.facts import Fact, tolerance
 from nbhelpers.masked_adapters import BUFFER, StoredMask, base_parameter, inner, layers
+from nbhelpers.quantization import dequantised
 from nbhelpers.registry import unknown
 
 Mode = Literal["dense", "sparse_to_dense", "sparse_to_sparse"]
@@ -46,7 +48,7 @@ def put_on(
     Weights that are not 4-bit are set to zero, in place, where the mask says so. targets: names of the parameters that
     get an adapter; without it all of the mask, or in dense mode all projections. Everything but the adapters is frozen.
     ValueError: an unknown mode, a mask that does not fit the model or the mode, a masked weight that LoRA cannot
-    reach. LookupError: a name that is not in the model.
+    reach, or in 4 bits and not zero. LookupError: a name that is not in the model.
     """
     if mode not in get_args(Mode):
         raise ValueError(unknown("mode", mode, get_args(Mode)))
@@ -67,17 +69,29 @@ def put_on(
     return adapted
 
 
+@torch.no_grad()
 def _check_mask(model: nn.Module, mask: Mask) -> None:
-    """LookupError, ValueError: names and shapes are those of the model's parameters, one by one."""
-    shapes = {name: _shape(parameter) for name, parameter in model.named_parameters()}
+    """LookupError, ValueError: names and shapes are those of the model's parameters, and 4-bit weights zero there."""
+    parameters = dict(model.named_parameters())
     for name, kept in mask.items():
-        if name not in shapes:
-            raise LookupError(unknown("parameter in the mask", name, shapes))
-        if kept.dtype != torch.bool or tuple(kept.shape) != shapes[name]:
+        if name not in parameters:
+            raise LookupError(unknown("parameter in the mask", name, parameters))
+        weight, shape = parameters[name], _shape(parameters[name])
+        if kept.dtype != torch.bool or tuple(kept.shape) != shape:
+            got = f"{kept.dtype} of {tuple(kept.shape)}; was it made for another model?"
+            raise ValueError(f"the mask of {name} must be bool of shape {shape}, got {got}")
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(weight, "quant_state") and (alive := _alive(layer, weight, kept)):
             raise ValueError(
-                f"the mask of {name} must be bool of shape {shapes[name]}, got {kept.dtype} of {tuple(kept.shape)}; "
-                "was it made for another model?"
+                f"{alive:,} of {int((~kept).sum()):,} weights that the mask leaves out of {name} are not zero, and in "
+                "4 bits cannot be made it: mask the float model (nbhelpers masks apply), then load that in 4 bits"
             )
+
+
+def _alive(layer: nn.Module, weight: torch.Tensor, kept: torch.Tensor) -> int:
+    """How many weights of a layer, unpacked from 4 bits, are not zero where the mask leaves them out, NaN included."""
+    values = dequantised(layer) if hasattr(weight, "quant_state") else weight
+    return int((values[~kept.to(values.device)] != 0).sum())
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -99,7 +113,7 @@ def _check_targets(model: nn.Module, names: list[str], mask: Mask, mode: str, dr
     if not names:
         raise ValueError("targets must name at least one parameter, got none")
     parameters = dict(model.named_parameters())
-    total = sum(torch.Size(_shape(parameters[name])).numel() for name in names if name in parameters)
+    total = sum(prod(_shape(parameters[name])) for name in names if name in parameters)
     for name in names:
         if name not in parameters:
             raise LookupError(unknown("target", name, parameters))
@@ -107,7 +121,7 @@ def _check_targets(model: nn.Module, names: list[str], mask: Mask, mode: str, dr
         if mode != "dense" and name not in mask:
             why = "it has no mask, so it would not be sparse"
         if why:
-            share = torch.Size(_shape(parameters[name])).numel() / total
+            share = prod(_shape(parameters[name])) / total
             raise ValueError(f"{name} ({share:.1%} of the targets) cannot have an adapter: {why}; leave it out")
 
 
@@ -151,43 +165,41 @@ def _with_adapters(model: nn.Module, names: list[str], rank: int, alpha: float, 
 
 def attach(model: nn.Module) -> int:
     """Mask the deltas of a model in mode sparse_to_sparse by its stored mask. Returns how many layers have one."""
-    stored = masked_adapters.stored_mask(model)
-    if stored is None or stored.mode != "sparse_to_sparse":
-        return 0
-    for name, layer in layers(model).items():
-        masked_adapters.attach(layer, stored.bits[name])
-    return len(layers(model))
+    around = layers(model) if _mode(model) == "sparse_to_sparse" else {}
+    for name, layer in around.items():
+        masked_adapters.attach(layer, masked_adapters.stored_mask(model).bits[name])
+    return len(around)
 
 
 @torch.no_grad()
 def zero(model: nn.Module) -> None:
-    """Set masked weights to zero by the model's stored mask; 4-bit ones stay as they are."""
-    for _, weight, kept in _masked(model):
-        if weight.is_floating_point():
+    """Set masked weights to zero by the model's stored mask; 4-bit ones are zero there already, or refused before."""
+    for _, _, weight, kept in _masked(model):
+        if weight.is_floating_point() and not hasattr(weight, "quant_state"):
             weight.data[~kept.to(weight.device)] = 0
 
 
 def _masked(model: nn.Module):
-    """(name, weight, mask) of every parameter that was masked, with adapters on the model or without."""
-    stored = masked_adapters.stored_mask(model)
-    around = layers(model)
+    """(name, layer it is in, weight, mask) of every parameter that was masked, with adapters on the model or not."""
+    stored, around = masked_adapters.stored_mask(model), layers(model)
     for name in stored.bits if stored is not None else ():
-        weight = base_parameter(around[name]) if name in around else inner(model).get_parameter(name)
-        yield name, weight, stored.kept(name)
+        path, _, own = name.rpartition(".")
+        layer = around[name].get_base_layer() if name in around else inner(model).get_submodule(path)
+        yield name, layer, getattr(layer, own), stored.kept(name)
 
 
 @torch.no_grad()
 def violations(model: nn.Module) -> dict[str, int]:
-    """Name of each masked parameter -> how many of its masked weights are not zero, NaN included.
+    """Name of each masked parameter -> how many of its masked weights are not zero, NaN included; 4-bit ones unpacked.
 
     By the stored mask, on the model as it is, with adapters or after `adapters.unload`. Empty where nothing is masked.
-    ValueError for 4-bit weights.
+    ValueError for 8-bit weights.
     """
     found = {}
-    for name, weight, kept in _masked(model):
-        if not weight.is_floating_point():
-            raise ValueError(f"{name} is quantised, so its zeros cannot be counted: dequantise the model first")
-        found[name] = int((weight.cpu()[~kept] != 0).sum())
+    for name, layer, weight, kept in _masked(model):
+        if weight.dtype == torch.int8:
+            raise ValueError(f"{name} is in 8 bits, so its zeros cannot be counted: load the model in 4 bits or float")
+        found[name] = _alive(layer, weight, kept)
     return found
 
 
@@ -264,20 +276,16 @@ def unmerge(model: nn.Module) -> int:
 
 
 def _put_back(around: Mapping[str, nn.Module]) -> int:
-    count = 0
-    for layer in around.values():
-        kept = vars(layer).pop("kept_base", None)
-        if kept is not None:
-            parameter = base_parameter(layer)
-            parameter.data = kept.to(parameter.device)
-            layer.merged_adapters.clear()
-            count += 1
-    return count
+    merged = [layer for layer in around.values() if "kept_base" in vars(layer)]
+    for layer in merged:
+        parameter = base_parameter(layer)
+        parameter.data = vars(layer).pop("kept_base").to(parameter.device)
+        layer.merged_adapters.clear()
+    return len(merged)
 
 
 def _mode(model: nn.Module) -> str:
-    stored = masked_adapters.stored_mask(model)
-    return "dense" if stored is None else stored.mode
+    return getattr(masked_adapters.stored_mask(model), "mode", "dense")
 
 
 @torch.no_grad()
@@ -370,12 +378,12 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put saved adapters and their mask on the model they were trained on, in place; its masked weights become zero.
 
-    For evaluation and merging: nothing is left trainable. ValueError: adapters or mask do not fit, or the mask is not
-    the one that was saved.
+    For evaluation and merging: nothing is left trainable. ValueError: adapters or mask do not fit, the mask is not the
+    one that was saved, or the model is in 4 bits and was not masked before.
     """
-    path = Path(folder) / adapters.MASK
-    found = mask_files.load(path) if path.is_file() else None
-    if found is not None:
+    path, found = Path(folder) / adapters.MASK, None
+    if path.is_file():
+        found = mask_files.load(path)
         mask, mode = found.levels.mask(), found.header.get("mode")
         if mode not in get_args(Mode):
             raise ValueError(f"mask file '{path}' is refused: {unknown('mode', mode, get_args(Mode))}")

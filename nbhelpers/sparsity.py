@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -118,19 +118,23 @@ class SparsityExperiment(StagedExperiment):
         root: str | Path = "runs",
         run_dir: str | Path | None = None,
         resume: bool = False,
+        sparsities: Iterable[float] = (),
         command: list[str] | None = None,
         progress: Callable[[dict], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> dict[str, Any]:
         """Run `config` and leave a run directory with predictions.jsonl; returns its result.
 
-        resume: go on in `run_dir`, training from its newest complete checkpoint. Raises LookupError or ValueError for
-        what cannot be run, before a run directory exists; tracking.Interrupted after should_stop, tracking.Diverged.
+        resume: go on in `run_dir`, training from its newest complete checkpoint. sparsities: all that a plan asks of
+        the same ranking of weights, so that one scoring serves them. Raises LookupError or ValueError for what cannot
+        be run, before a run directory exists; tracking.Interrupted after should_stop, tracking.Diverged.
         """
         plan = cls._check(config)
         record = ExperimentConfig(kind="sparsity", **config.model_dump())
         with ExperimentTracker(record, root, run_dir=run_dir, resume=resume, command=command) as tracker:
-            result = cls(config, tracker, progress, should_stop)._run(*plan)
+            experiment = cls(config, tracker, progress, should_stop)
+            experiment.sparsities = tuple(sparsities)
+            result = experiment._run(*plan)
             tracker.finish(result)
         return result
 
@@ -265,6 +269,7 @@ class SparsityExperiment(StagedExperiment):
                 sample_rows(self.train, config.calibration_rows, config.seed),
                 model_files=models.files_fingerprint(config.model),
                 folder=self.tracker.run_dir.parent / mask_sets.FOLDER,
+                others=self.sparsities,
                 should_stop=self.should_stop,
             )
             self.facts.append(chosen.fact(model))
@@ -339,13 +344,17 @@ def _is_file(name: str | None) -> bool:
 def training_text(config: SparsityConfig) -> data.Corpus:
     """The task's training rows in parts, without any that stands among all of its evaluation rows."""
     every = tasks.read(config.task, config.data)
-    source = config.data if config.data in (None, tasks.BUNDLED) else config.train_data
-    if source is None and config.data is not None:
-        raise ValueError(f"data {config.data!r} holds evaluation rows: name a file of training rows as train_data")
-    train = tasks.read(config.task, config.train_data or source, "train")
+    train = tasks.read(config.task, training_source(config), "train")
     parts = tasks.training_parts(train, every)
     name = _corpus_name(config)
     return data.corpus(*parts[:3], source=name, generated=train.generated, left_out=parts.overlap)
+
+
+def training_source(config: SparsityConfig) -> str | None:
+    """Where the training rows are; None = the hub's. ValueError where evaluation rows are a file and these are not."""
+    if config.train_data is None and config.data not in (None, tasks.BUNDLED):
+        raise ValueError(f"data {config.data!r} holds evaluation rows: name a file of training rows as train_data")
+    return config.train_data or config.data
 
 
 def _corpus_name(config: SparsityConfig) -> str:

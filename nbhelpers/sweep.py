@@ -12,11 +12,13 @@ import math
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbhelpers import attempts, grid, jobkinds, retry_rules, search
+from nbhelpers.errors import one_line
 from nbhelpers.grid import Expansion, Job, Plan
 from nbhelpers.ledger import Ledger, State
 from nbhelpers.runs import read_run
@@ -25,6 +27,7 @@ from nbhelpers.tracking import Interrupted
 
 KINDS = jobkinds.KINDS
 _DURATION = re.compile(r"(?=.)(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+UNKNOWN = "what such a job takes is not known before one was done"
 Progress = Callable[[dict[str, Any]], None]
 log = logging.getLogger(__name__)
 
@@ -55,14 +58,20 @@ def preview(
 ) -> dict[str, Any]:
     """What a plan would run, without running: counts, jobs in order, and hours estimated where that is possible.
 
-    measured: seconds of each job by its id, where a pilot was timed (sweep_pace.measure).
+    measured: seconds of each job by its id, where a pilot was timed (sweep_pace.measure). why_not_estimated: number of
+    jobs by the reason; notes: what is planned with, and what is not known, in words. LookupError, ValueError: also a
+    file of rows that is not there or cannot be read.
     """
     expansion = grid.expand(grid.read_plan(plan))
     if expansion.plan.search is not None:
         return _preview_search(expansion, expansion.plan.search)
     ordered = grid.in_order(expansion, list(expansion.jobs.values()))
-    seconds = [_estimate(expansion, job) if measured is None else measured[job.id] for job in ordered]
+    for job in ordered:
+        jobkinds.check_rows(expansion.plan.kind, job.config)
+    estimates = [_estimate(expansion, job) if measured is None else (measured[job.id], UNKNOWN) for job in ordered]
+    seconds = [value for value, _ in estimates]
     known = [value for value in seconds if value is not None]
+    price = dict(expansion.kind.price([job.config for job in ordered]))
     return {
         "name": expansion.plan.name,
         "kind": expansion.plan.kind,
@@ -72,10 +81,12 @@ def preview(
         "axes": {name: len(values) for name, values in expansion.plan.all_axes().items()},
         "estimated_hours": sum(known) / 3600 if known else None,
         "not_estimated": len(seconds) - len(known),
+        "why_not_estimated": dict(Counter(why for value, why in estimates if value is None)),
+        "notes": price.pop("notes", []),
         "calibrated": measured is not None,
         "hours_by_workers": hours_by_workers(known),
         "order": [{"job": job.id, "name": job.name} for job in ordered],
-        "price": expansion.kind.price([job.config for job in ordered]),
+        "price": price,
     }
 
 
@@ -95,7 +106,10 @@ def _preview_search(expansion: Expansion, wanted: Search) -> dict[str, Any]:
     whole = search.whole_numbers(wanted, expansion.kind.config)
     bounds = {name: values.bounds(name in whole) for name, values in wanted.space.items()}
     ends = [grid.trial_job(expansion, {name: found[at] for name, found in bounds.items()}) for at in (0, -1)]
-    seconds = [_estimate(expansion, job) for job in ends]
+    for job in ends:
+        jobkinds.check_rows(expansion.plan.kind, job.config)
+    estimates = [_estimate(expansion, job) for job in ends]
+    seconds = [value for value, _ in estimates]
     known = None not in seconds
     return {
         "name": expansion.plan.name,
@@ -107,12 +121,18 @@ def _preview_search(expansion: Expansion, wanted: Search) -> dict[str, Any]:
         "axes": {},
         "estimated_hours": wanted.trials * statistics.fmean(seconds) / 3600 if known else None,
         "not_estimated": 0 if known else wanted.trials,
+        "why_not_estimated": {} if known else {next(why for s, why in estimates if s is None): wanted.trials},
+        "notes": [],
         "order": [],
     }
 
 
-def _estimate(expansion: Expansion, job: Job) -> float | None:
-    return expansion.kind.estimate(expansion.kind.config(**job.config))
+def _estimate(expansion: Expansion, job: Job) -> tuple[float | None, str]:
+    """(seconds, why there are none)."""
+    try:
+        return expansion.kind.estimate(expansion.kind.config(**job.config)), UNKNOWN
+    except (LookupError, ValueError) as error:
+        return None, one_line(error)
 
 
 def run(

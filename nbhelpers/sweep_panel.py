@@ -393,4 +393,5 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
         told.append(f"How large {', '.join(unknown)} is is not known before.")
     if not found["price"]["downloads"]:
         told.append("Nothing to download.")
+    told += found.get("notes", [])
     return told

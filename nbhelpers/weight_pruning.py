@@ -36,6 +36,7 @@ from nbhelpers.stages import FACT_ROWS, check_window, sample_rows, shown
 from nbhelpers.strict import StrictConfig
 from nbhelpers.tasks import load_corpus
 
+SPARSITY = 0.5  # of a mask that the run makes itself, and of channels
 OF_MASKS = ("pattern", "scope", "dimension", "mode", "masks")  # fields that say nothing of channels
 GAINS = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
 SPEEDS = ("tokens_per_second_before", "tokens_per_second_masks_alone", "tokens_per_second_after")
@@ -50,8 +51,12 @@ class WeightPruningConfig(StrictConfig):
     )
     model: str = Field("tiny-gpt2", description="bundled name, local folder or hub id")
     text: str = Field("bundled", description="bundled, a .txt or .jsonl file, wikitext-2, or a hub data set")
-    sparsity: float = Field(
-        0.5, ge=0, le=1, description="share that goes, 0-1: of the projections' weights, or of each MLP's channels"
+    sparsity: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share that goes, 0-1: of the projections' weights, or of each MLP's channels; None = "
+        f"{SPARSITY:g}; of a mask file: which of its sparsities, None = the only one",
     )
     importance: mask_choice.Importance = "magnitude"
     pattern: mask_choice.Pattern = "unstructured"
@@ -78,6 +83,12 @@ class WeightPruningConfig(StrictConfig):
     )
     sample_tokens: int = Field(60, ge=1, le=2048, description="tokens written per sample")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of random scores, calibration rows, data order and samples")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _half_goes_where_nothing_is_said(cls, values: Any) -> Any:
+        left_open = isinstance(values, Mapping) and values.get("sparsity") is None and values.get("masks") is None
+        return {**values, "sparsity": SPARSITY} if left_open else values
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> WeightPruningConfig:
@@ -117,7 +128,7 @@ class WeightPruningExperiment(PruningExperiment):
         model_config = models.load_config(config.model)
         models.check_prunable(config.model)
         if config.masks is not None:
-            mask_choice.file_in(config.masks)
+            mask_choice.level_in(config.masks, config.sparsity)
         if config.what == "channels":
             channels.mlp(_Shell(model_config))
             if config.sparsity == 1:
@@ -155,9 +166,8 @@ class WeightPruningExperiment(PruningExperiment):
         few = self.test[:FACT_ROWS]
         before = facts.logits(model, few)
         folder = self.tracker.run_dir.parent / mask_sets.FOLDER
-        sparsity = self.config.sparsity
         self.choice = mask_choice.choose(
-            model, self.config, sparsity, rows, folder=folder, should_stop=self.should_stop
+            model, self.config, self.config.sparsity, rows, folder=folder, should_stop=self.should_stop
         )
         masks.apply(model, self.choice.mask)
         self.tracker.set_fingerprints(mask=self.choice.sha256)
@@ -217,7 +227,7 @@ class WeightPruningExperiment(PruningExperiment):
             "model": config.model,
             "what": config.what,
             "strategy": f"{config.what} by {chosen_by(went, config)}",
-            "level": config.sparsity,
+            "level": config.sparsity if self.choice is None else self.choice.level,
             **{stage: shown(by_stage.get(stage)) for stage in ("baseline", "pruned", "fine_tuned", "control")},
             **outcome(perplexities),
             "verdict": verdict(perplexities, done),

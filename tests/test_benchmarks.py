@@ -16,7 +16,6 @@ from nbhelpers import models
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script there: they share _measuring.py
 
 
 def load(name: str):

@@ -30,11 +30,13 @@ PUBLISHED = {
     "Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen2.5-3B-Instruct": 3_085_938_688,
     "Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Llama-2-7B": 6_738_415_616,
     "Llama-3.2-1B": 1_235_814_400,
     "Llama-3.2-3B": 3_212_749_824,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.2-3B-Instruct": 3_212_749_824,
     "Llama-3.1-8B-Instruct": 8_030_261_248,
+    "Mistral-7B-v0.1": 7_241_732_096,
     "Mistral-7B": 7_248_023_552,
     "Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "Mixtral-8x7B": 46_702_792_704,
@@ -77,12 +79,14 @@ def test_download_size_agrees_with_the_published_file_to_a_megabyte(name):
 
 def test_mistral_v0_1_differs_from_v0_3_by_768_rows_of_vocabulary_in_and_out():
     config = {**catalogue.entry("Mistral-7B").config, "vocab_size": 32_000}
+    assert config == catalogue.entry("mistralai/Mistral-7B-v0.1").config
     assert estimates.parameter_count(config) == 7_241_732_096
     assert 7_248_023_552 - 7_241_732_096 == 2 * 768 * 4096
 
 
 def test_a_model_is_found_by_name_or_hub_id_in_any_case():
     assert catalogue.hub_id("opt-125m") == catalogue.hub_id("Facebook/OPT-125M") == "facebook/opt-125m"
+    assert catalogue.entry("meta-llama/Llama-2-7b-hf").download_bytes == 13_476_835_328  # total_size of its index
     assert catalogue.hub_id("LLAMA-3.1-8b") == "meta-llama/Llama-3.1-8B"
 
 
@@ -174,7 +178,7 @@ def test_the_stored_file_is_strict_json_without_duplicate_models():
 
     text = (catalogue.ASSETS / "catalogue.json").read_text(encoding="utf-8")
     rows = json.loads(text, parse_constant=refuse)["models"]
-    assert len(rows) == len({row["hub_id"] for row in rows}) == 28
+    assert len(rows) == len({row["hub_id"] for row in rows}) == 30
 
 
 # sides of a comparison ------------------------------------------------------------------------------------------------

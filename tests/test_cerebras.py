@@ -69,6 +69,30 @@ def test_the_wrapper_computes_what_the_masked_model_computes(model):
         assert torch.equal(wrapper(input_ids=ids).logits, other(input_ids=ids).logits)
 
 
+def test_the_wrapper_has_the_models_config_and_generates_what_it_generates(model):
+    wrapper, ids = cerebras.prepare_sparse_model(model, half(model)), small_models.ids(1, 4)
+    assert wrapper.config is model.config
+    written = wrapper.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(written, model.generate(input_ids=ids, max_new_tokens=3, do_sample=False))
+    assert written.shape == (1, 7)
+
+
+def test_levels_in_place_of_one_mask_and_a_model_in_place_of_its_wrapper_are_refused_with_advice(model, tmp_path):
+    levels = masks.create(model, masks.weights(model), [0.1, 0.5], absolute=True)
+    advice = r"mask must be .* of one sparsity, got Levels: give levels.mask\(sparsity\), with one of 0.1, 0.5"
+    for call in (
+        lambda: cerebras.prepare_sparse_model(model, levels),
+        lambda: cerebras.create_sparse_config(levels),
+        lambda: cerebras.export(tmp_path / "x", model, levels),
+    ):
+        with pytest.raises(TypeError, match=advice):
+            call()
+    with pytest.raises(TypeError, match="mask must be .* of one sparsity, got str"):
+        cerebras.prepare_sparse_model(model, "masks.pt")
+    with pytest.raises(TypeError, match="got LlamaForCausalLM: give what prepare_sparse_model returned"):
+        cerebras.SparseMaskCallback(model)
+
+
 def test_what_is_exported_can_be_read_back_and_names_what_was_not_tried(model, tmp_path):
     mask = half(model)
     folder = cerebras.export(tmp_path / "cs3", model, mask, steps=10, learning_rate=1e-4)

@@ -128,6 +128,145 @@ def test_what_cannot_be_made_is_bad_input_in_one_line(made, tmp_path):
     assert found.exit_code == 2 and "is for another model" in found.stderr
 
 
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load_model", refuse)
+
+
+CREATE = ("masks", "create", "--model", "tiny-gpt2", "--device", "cpu", "--sparsity", 0.5)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--pattern", "nm", "--dimension", "channels"), "dimension is of pattern 'structured', got 'channels' with"),
+        (("--pattern", "nm", "--dimension", "outputs"), "dimension is of pattern 'structured', got 'outputs' with"),
+        (("--dimension", "inputs"), "dimension is of pattern 'structured', got 'inputs' with 'unstructured'"),
+        (("--group", 4), "group is of pattern 'nm', got 4 with 'unstructured'"),
+        (("--pattern", "structured", "--group", 8), "group is of pattern 'nm', got 8 with 'structured'"),
+        (("--data", "bundled"), "'magnitude' looks at no data: leave out --data"),
+        (
+            ("--importance", "random", "--rows", 3, "--window", 9),
+            "'random' looks at no data: leave out --rows, --window",
+        ),
+        (("--seed", 0), "'magnitude' draws nothing: leave out --seed"),
+        (("--importance", "wanda", "--data", "bundled", "--window", 9999), "window must be at most the model's"),
+        (("--importance", "wanda", "--data", "bundled", "--rows", 10**6), "calibration rows, fewer than 1000000"),
+    ],
+)
+def test_an_option_that_decides_nothing_or_cannot_be_is_refused_before_a_model_is_loaded(
+    options, said, nothing_loads, tmp_path
+):
+    found = call(*CREATE, "--out", tmp_path / "m", *options)
+    assert found.exit_code == 2 and said in found.stderr, found.stderr
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_text_shorter_than_a_window_takes_the_smaller_window_that_the_message_asks_for(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("the cat sat on the mat and saw a dog run.\n" * 10)
+    asked = (*CREATE, "--importance", "wanda", "--data", text, "--rows", 2, "--out", tmp_path / "m")
+    short = call(*asked)
+    assert short.exit_code == 2 and "less than one window of 256; give more text or a smaller --window" in short.stderr
+    result(*asked, "--window", 16)
+    told = result("masks", "stats", tmp_path / "m")["header"]["scored_on"]
+    assert (told["window"], told["rows"], told["tokens"]) == (16, 2, 32)
+
+
+def test_the_same_command_again_says_that_the_masks_are_there(made, nothing_loads):
+    folder, first = made
+    asked = ("masks", "create", "--model", "tiny-gpt2", "--scope", "layer", "--device", "cpu", "--out", folder)
+    asked += ("--sparsity", 0.1, "--sparsity", 0.5, "--sparsity", 0.9)
+    again = result(*asked)
+    assert (first["came"], again["came"]) == ("measured", "cached")
+    assert again | {"came": "measured"} == first
+    assert "are there already" in call(*asked).stdout
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (("--model", "tiny-opt"), "(model tiny-gpt2, asked tiny-opt)"),
+        (("--sparsity", 0.3), "(sparsities 0.1, 0.5, 0.9, asked 0.1, 0.3, 0.5, 0.9)"),
+        (("--importance", "random", "--seed", 3), "(importance magnitude, asked random; seed 0, asked 3)"),
+        (("--scope", "global"), "(scope layer, asked global)"),
+        (("--pattern", "structured", "--scope", "global"), "pattern unstructured, asked structured"),
+        (("--format", "npz"), "a second file beside it"),
+    ],
+)
+def test_masks_of_another_model_or_other_settings_are_not_written_over(changes, said, made, nothing_loads):
+    folder, _ = made
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    found = call(*CREATE, "--sparsity", 0.1, "--sparsity", 0.9, "--scope", "layer", *changes, "--out", folder)
+    assert found.exit_code == 2 and said in found.stderr, found.stderr
+    assert "another --out, or --overwrite" in found.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_rows_of_the_same_text_are_other_masks_and_overwrite_leaves_one_file(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "m"
+    text.write_text("the cat sat on the mat and saw a dog run.\n" * 20)
+    asked = (*CREATE, "--importance", "wanda", "--data", text, "--rows", 2, "--window", 16, "--out", out)
+    first = result(*asked)
+    text.write_text("a dog ran and the cat sat on the red mat.\n" * 20)
+    found = call(*asked)
+    assert found.exit_code == 2 and "(the text itself)" in found.stderr, found.stderr
+    new = result(*asked, "--overwrite", "--format", "npz")
+    assert new["sha256"] != first["sha256"] and {path.name for path in out.iterdir()} == {
+        "masks.npz",
+        "statistics.json",
+    }
+    (out / "masks.npz").write_bytes(b"torn")
+    torn = call(*asked, "--format", "npz")
+    assert torn.exit_code == 2 and "is refused" in torn.stderr and "--overwrite" in torn.stderr
+    assert result(*asked, "--format", "npz", "--overwrite")["sha256"] == new["sha256"]
+
+
+def test_a_sparsity_says_what_it_is_a_share_of(tmp_path):
+    asked = ("masks", "create", "--model", "tiny-gpt2", "--device", "cpu", "--sparsity", 0.25)
+    channels = (*asked, "--pattern", "structured", "--dimension", "channels", "--out", tmp_path / "c")
+    made = result(*channels)
+    (level,) = made["levels"]
+    assert made["asked_of"] == "the MLP channels of each layer" and level["sparsity"] < 0.25
+    shown = call(*channels).stdout
+    assert f"0.25 of the MLP channels of each layer: {level['gone']:,} weights go ({level['sparsity']:.4%} of" in shown
+    assert "asked of the MLP channels of each layer" in call("masks", "stats", tmp_path / "c").stdout
+
+
+def test_a_level_that_has_to_be_chosen_is_asked_for_by_its_option_before_anything_is_loaded(
+    made, nothing_loads, tmp_path
+):
+    folder, _ = made
+    several, out = "holds the sparsities 0.1, 0.5, 0.9: choose one with", tmp_path / "run"
+    for option, *command in (
+        ("--sparsity", "masks", "verify", folder, "--model", "tiny-gpt2"),
+        ("--sparsity", "masks", "overlap", folder, folder),
+        ("--sparsity", "masks", "apply", folder, "--model", "tiny-gpt2", "--out", out),
+        ("--sparsity", "prune-weights", "--model", "tiny-gpt2", "--masks", folder, "--out", out),
+        ("--masks-sparsity", "evaluate", "--task", "boolq", "--data", "bundled", "--masks", folder, "--out", out),
+    ):
+        found = call(*command)
+        assert found.exit_code == 2 and f"{several} {option}\n" in found.stderr, (command, found.stderr)
+    wrong = call("evaluate", "--data", "bundled", "--masks", folder, "--masks-sparsity", 0.4, "--out", out)
+    assert wrong.exit_code == 2 and "unknown sparsity 0.4" in wrong.stderr
+    assert not out.exists()
+
+
+def test_an_evaluation_takes_the_folder_of_masks_create_and_says_that_masks_come_before_quantisation(made, tmp_path):
+    folder, _ = made
+    asked = ("evaluate", "--model", "tiny-gpt2", "--data", "bundled", "--limit", 1, "--device", "cpu")
+    asked += ("--masks", folder, "--masks-sparsity", 0.9)
+    found = result(*asked, "--out", tmp_path / "a")
+    assert found["all_facts_hold"] and "mask_holds_in_the_evaluated_model" in {fact["name"] for fact in found["facts"]}
+    refused = call(*asked, "--quantization", "4bit", "--out", tmp_path / "b")
+    assert refused.exit_code == 2 and "another model" not in refused.stderr, refused.stderr
+    assert "mask the model first (nbhelpers masks apply), then quantise" in refused.stderr
+    assert not (tmp_path / "b").exists()
+
+
 def test_an_evaluation_under_a_mask_is_that_of_the_masked_model_and_has_its_own_answers(made, tmp_path):
     folder, _ = made
     call("masks", "apply", folder, "--model", "tiny-gpt2", "--sparsity", 0.9, "--out", tmp_path / "m")

@@ -133,7 +133,7 @@ def test_speed_memory_and_waiting_stand_beside_each_model(written):
 
 def test_licence_and_gate_of_each_model_stand_beside_it_and_nothing_in_older_results():
     found = {"a/b-3B": {"licence": "llama3.2", "gated": True}, "tiny": {"licence": "mit", "gated": False}}
-    found |= {"/home/x/mine": {"licence": "unknown", "gated": None}}
+    found |= {"folder/mine": {"licence": "unknown", "gated": None}}
     assert comparison_tables.licences({"licences": found})[1] == [
         ["b-3B", "llama3.2", "asks for consent on its hub page"],
         ["tiny", "mit", "none"],

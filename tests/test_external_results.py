@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 from sparsity_grid import full_grid
 
 from nbhelpers import external_results
 from nbhelpers.external_results import compared, counts, parse_columns, read
+from nbhelpers.sparsity import SparsityConfig
 
 HEADER = "model,task,method,sparsity,mode,value,protocol\n"
 
@@ -57,6 +60,13 @@ def test_columns_of_any_name_percent_and_short_modes_are_read_as_ours(tmp_path):
         ("sparsity,value,protocol\n0,1,p\n0.5,1,\n", None, "line 3 names no protocol"),
         ("sparsity,value,protocol\n", None, "has no rows below its header"),
         ("sparsity;value;protocol\n0;1;p\n", None, "semicolons"),
+        ("", "Acc=value", "theirs.csv' is empty: name a table with a header and results"),
+        (" \n\n", None, "theirs.csv' is empty: name a table"),
+        (
+            "sparsity,Kind,value,protocol\n0.5,s2s,1,p\n0.6,sparse,1,p\n",
+            "Kind=mode",
+            "line 3, column 'Kind': unknown mode 'sparse'. Available: dense, sparse_to_sparse,",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_compared_is_refused_with_the_way_out(tmp_path, text, columns, problem):
@@ -95,6 +105,12 @@ def test_what_has_no_partner_is_counted_and_named_on_both_sides(tmp_path):
     assert "1 of theirs have no partner: line 3 (tiny-llama boolq wanda 0.5 sparse_to_sparse)" in said
     assert any(line.startswith("54 of ours have no partner: tiny-llama boolq unstructured 0 ") for line in said)
     assert said[-1] == "how theirs were measured: p"
+
+
+def test_the_known_modes_are_those_of_a_cell_and_one_without_zeros_may_call_it_anything(tmp_path):
+    own_modes = typing.get_args(SparsityConfig.model_fields["mode"].annotation)
+    assert {*external_results.MODES} == {*own_modes}
+    assert table(tmp_path, HEADER + "tiny-llama,boolq,none,0,-,0.9,p\n")["rows"][0]["mode"] == "_"
 
 
 def test_a_column_that_a_table_lacks_fits_all_and_an_empty_cell_too(tmp_path):

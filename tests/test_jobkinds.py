@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbhelpers import generated, grid, jobkinds, sweep
+from nbhelpers import generated, grid, jobkinds, runtime, sweep
 from nbhelpers.fine_tuning import FineTuningConfig, FineTuningExperiment
 from nbhelpers.ledger import Ledger
 from nbhelpers.records import write_json
@@ -74,8 +74,41 @@ def test_every_bundled_plan_can_be_planned_and_its_time_is_known(path):
     found = sweep.preview(path)
     if path.stem == "sparsity_7b":  # its rows and models are on the hub
         assert (found["jobs"], found["not_estimated"], found["estimated_hours"]) == (330, 330, None)
+        ((why, jobs),) = found["why_not_estimated"].items()
+        assert jobs == 330 and "--calibrate on the machine that will do it" in why
+        assert list(found["price"]["downloads"].values()) == [13_476_835_328, 14_483_464_192]
+        assert found["price"]["disk_bytes"] > 10 * 6_476_005_376 / 2, "ten sets of masks at 4 bits a weight"
         return
     assert found["jobs"] > 0 == found["not_estimated"] and 0 < found["estimated_hours"] < 3
+
+
+def test_a_plan_whose_rows_are_in_a_file_that_is_not_there_or_cannot_be_used_is_refused(tmp_path):
+    rows, broken = tmp_path / "rows.jsonl", tmp_path / "broken.jsonl"
+    rows.write_text('{"passage": "Rain is wet.", "question": "is rain wet", "label": 1}\n')
+    broken.write_text('{"passage": "Rain is wet."}\n')
+    for kind, values, said in (
+        ("sparsity", {"data": tmp_path / "no.jsonl"}, "data: file .*no.jsonl' does not exist"),
+        ("sparsity", {"data": rows, "train_data": tmp_path / "no.csv"}, "train_data: file .*no.csv' does not exist"),
+        ("sparsity", {"data": rows}, "name a file of training rows as train_data"),
+        ("sparsity", {"data": rows, "train_data": broken}, "broken.jsonl.*question"),
+        ("evaluation", {"data": tmp_path / "no.jsonl"}, "data: file .*no.jsonl' does not exist"),
+        ("evaluation", {"data": rows, "shots": 1, "shots_data": tmp_path / "no"}, "shots_data: file .*no' does not"),
+    ):
+        base = {"task": "boolq", "model": "tiny-llama"} | {k: v if k == "shots" else str(v) for k, v in values.items()}
+        with pytest.raises((LookupError, ValueError), match=said):
+            sweep.preview({"kind": kind, "base": base, "axes": {"seed" if kind == "sparsity" else "limit": [1, 2]}})
+    offline = {"kind": "evaluation", "base": {"task": "boolq", "model": "tiny-llama", "data": None}}
+    assert sweep.preview(offline)["jobs"] == 1, "rows of the hub are not looked at"
+
+
+def test_why_jobs_are_not_estimated_is_said_in_words_with_their_number():
+    elsewhere = next(device for device in ("cuda", "mps") if device != runtime.device())
+    base = {"task": "boolq", "limit": 4, "device": elsewhere}
+    found = sweep.preview({"kind": "sparsity", "base": base, "axes": {"sparsity": [0, 0.5]}})
+    ((why, jobs),) = found["why_not_estimated"].items()
+    assert jobs == 2 == found["not_estimated"] and f"device '{elsewhere}' is not on this machine" in why
+    found = sweep.preview({"kind": "evaluation", "base": {"model": "tiny-llama", "task": "boolq"}})
+    assert found["why_not_estimated"] == {sweep.UNKNOWN: 1} and found["notes"] == []
 
 
 def test_columns_of_stages_that_were_not_run_are_empty_not_zero():

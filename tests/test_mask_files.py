@@ -50,6 +50,16 @@ def test_masks_come_back_bit_for_bit_with_all_that_was_said_of_them(model, path,
     assert {key: found.header[key] for key in wanted} == wanted
 
 
+def test_a_quantised_model_is_no_other_model_masks_come_before_quantisation(levels, path, monkeypatch):
+    mask_files.save(path, levels, importance="magnitude")
+    monkeypatch.setattr(mask_files, "is_quantised", lambda module: True)
+    with pytest.raises(
+        ValueError, match=r"this model is quantised: mask the model first \(nbhelpers masks apply\)"
+    ) as found:
+        mask_files.load(path, small_models.build("llama"))
+    assert "another model" not in str(found.value)
+
+
 def test_the_moment_is_written_where_none_is_given(levels, path):
     mask_files.save(path, levels, importance="random")
     assert mask_files.load(path).header["created_at"].endswith("+00:00")

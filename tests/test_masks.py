@@ -384,6 +384,19 @@ def test_unknown_names_are_refused_with_the_known_ones(llama, options, said):
         masks.create(llama, random_scores(llama), 0.5, **options)
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"dimension": "inputs"}, "dimension is of pattern 'structured', got 'inputs' with 'unstructured'"),
+        ({"pattern": "nm", "dimension": "outputs"}, "dimension is of pattern 'structured', got 'outputs' with 'nm'"),
+        ({"pattern": "structured", "group": 4}, "group is of pattern 'nm', got 4 with 'structured'"),
+    ],
+)
+def test_an_option_that_decides_nothing_is_refused(llama, options, said):
+    with pytest.raises(ValueError, match=said):
+        masks.create(llama, random_scores(llama), 0.5, **options)
+
+
 def test_every_pattern_has_scopes_and_exact_counts(llama):
     assert set(mask_patterns.SCOPES) == set(mask_patterns.PATTERNS)
     for pattern, scopes in mask_patterns.SCOPES.items():
@@ -429,7 +442,7 @@ def test_a_level_that_is_not_there_is_named(llama):
     found = masks.create(llama, random_scores(llama), [0.1, 0.5])
     with pytest.raises(LookupError, match=r"unknown sparsity 0.4. .*Available: 0.1, 0.5"):
         found.mask(0.4)
-    with pytest.raises(LookupError, match="unknown sparsity None"):
+    with pytest.raises(LookupError, match=r"of several sparsities, 0.1, 0.5: choose one \(--sparsity\)"):
         found.lazily()
 
 

@@ -80,12 +80,13 @@ def test_the_parameters_of_the_pruning_notebook_are_fields_of_its_config_and_pap
     names = [node.target.id for node in ast.parse(parameters_cell(PRUNING)).body]
     assert list(found) == names  # papermill loses a parameter whose comment holds an equals sign
     heads, weights = PruningConfig.model_fields, WeightPruningConfig.model_fields
+    plain = PruningConfig(), WeightPruningConfig()
     assert {*names} - {"preset", "more"} == {*PruningPanel.parameters, *WeightPanel.parameters}
     assert {*PruningPanel.parameters} <= {*heads} and {*WeightPanel.parameters} <= {*weights}
     for name in {*PruningPanel.parameters, *WeightPanel.parameters} - {"what"}:
         value = ast.literal_eval(found[name]["default"])
         assert found[name]["help"]
-        assert all(value in (None, fields[name].default) for fields in (heads, weights) if name in fields)
+        assert all(value in (None, getattr(one, name)) for one in plain if hasattr(one, name))
     assert {name for name in names if found[name]["default"] == "None"} <= {*PRESETS["tiny"], *PRESETS["full"]}
 
 

@@ -19,6 +19,7 @@ from nbhelpers import (
     models,
     optimization,
     preparation,
+    quantization,
     runtime,
     sparse_lora,
 )
@@ -453,10 +454,9 @@ def test_pefts_own_way_to_merge_goes_through_the_mask_too_and_back_exactly(safe)
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def trained_tiny(mode: str, quantization=None):
-    model = models.load_model("tiny-llama", device="cpu", dtype="float32", quantization=quantization).model
-    plain = models.load_model("tiny-llama", device="cpu", dtype="float32").model
-    return adapted(model, random_mask(plain), mode)
+def trained_tiny(mode: str):
+    model = models.load_model("tiny-llama", device="cpu", dtype="float32").model
+    return adapted(model, random_mask(model), mode)
 
 
 @pytest.mark.parametrize("mode", [S2S, S2D])
@@ -506,9 +506,25 @@ def test_merged_adapters_are_not_saved(tmp_path):
 # 4-bit ----------------------------------------------------------------------------------------------------------------
 
 
-def test_on_4_bit_weights_the_delta_alone_is_masked_trained_saved_and_never_merged(tmp_path):
+@pytest.fixture(scope="module")
+def masked_folder(tmp_path_factory):
+    """(tiny-llama with every second weight zero, as `masks apply` saves it; its mask)."""
     pytest.importorskip("bitsandbytes")
-    put = trained_tiny(S2S, "4bit")
+    loaded, folder = models.load_model("tiny-llama", device="cpu", dtype="stored"), tmp_path_factory.mktemp("masked")
+    masks.apply(loaded.model, mask := random_mask(loaded.model))
+    models.save_model(loaded.model, loaded.tokenizer, folder)
+    return str(folder), mask
+
+
+def in_4_bits(name: str):
+    return models.load_model(name, device="cpu", dtype="float32", quantization="4bit").model
+
+
+def test_on_4_bit_weights_masked_before_the_delta_alone_is_masked_trained_saved_and_never_merged(
+    masked_folder, tmp_path
+):
+    folder, mask = masked_folder
+    put = adapted(in_4_bits(folder), mask, S2S)
     layer = masked_adapters.layers(put)[PLACES["llama"][0]]
     x = torch.randn(4, layer.in_features, requires_grad=True)
     added = masked_adapters.delta(layer) * masked_adapters.kept_by(layer)
@@ -520,11 +536,61 @@ def test_on_4_bit_weights_the_delta_alone_is_masked_trained_saved_and_never_merg
         sparse_lora.merge(put, ROW)
     with pytest.raises(ValueError, match="dequantise the model first"):
         put.merge_adapter()
-    with pytest.raises(ValueError, match="its zeros cannot be counted"):
-        sparse_lora.violations(put)
     sparse_lora.save(put, tmp_path / "adapters")
-    fresh = models.load_model("tiny-llama", device="cpu", dtype="float32", quantization="4bit").model
-    assert torch.equal(logits(sparse_lora.load(fresh, tmp_path / "adapters")), logits(put))
+    assert torch.equal(logits(sparse_lora.load(in_4_bits(folder), tmp_path / "adapters")), logits(put))
+
+
+@pytest.mark.parametrize("mode", [S2S, S2D])
+def test_4_bit_weights_that_nobody_masked_are_refused_and_nothing_is_put_on_them(mode, masked_folder, tmp_path):
+    folder, mask = masked_folder
+    model = in_4_bits("tiny-llama")
+    name = PLACES["llama"][0]
+    said = rf"of {int((~mask[name]).sum()):,} weights that the mask leaves out of {name} are not zero.*masks apply"
+    with pytest.raises(ValueError, match=said):
+        sparse_lora.put_on(model, {name: mask[name]}, mode, rank=3, alpha=6.0, seed=0)
+    sparse_lora.save(adapted(in_4_bits(folder), mask, mode), tmp_path / "adapters")
+    with pytest.raises(ValueError, match="are not zero.*masks apply"):
+        sparse_lora.load(model, tmp_path / "adapters")
+    assert not adapters.are_on(model) and masked_adapters.stored_mask(model) is None
+
+
+def test_adapters_trained_on_masked_4_bit_weights_compute_the_same_on_float_ones_of_the_rounded_values(
+    masked_folder, tmp_path
+):
+    folder, mask = masked_folder
+    put = sparse_lora.put_on(in_4_bits(folder), mask, S2S, rank=3, alpha=6.0, seed=0)
+    optimizer = torch.optim.AdamW([one for one in put.parameters() if one.requires_grad], lr=1e-2)
+    for _ in range(2):  # the second one moves both factors
+        put(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    put.eval()
+    assert len(found := sparse_lora.violations(put)) == len(mask) and not any(found.values())
+    sparse_lora.save(put, tmp_path / "adapters")
+    rounded = models.load_model(folder, device="cpu", dtype="float32").model
+    with torch.no_grad():
+        untrained = logits(in_4_bits(folder))
+        for path, module in in_4_bits(folder).named_modules():
+            if type(module).__name__ == "Linear4bit":
+                rounded.get_submodule(path).weight.copy_(quantization.dequantised(module))
+        again = logits(sparse_lora.load(rounded, tmp_path / "adapters"))
+        wanted = logits(put)
+    torch.testing.assert_close(again, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    assert (wanted - untrained).norm() > 0.01 * untrained.norm(), "and they were trained"
+
+
+def test_rows_that_are_zero_as_a_whole_are_exactly_zero_in_4_bits_whatever_their_blocks(masked_folder, tmp_path):
+    loaded = models.load_model("tiny-llama", device="cpu", dtype="stored")
+    mask = {name: torch.ones(loaded.model.get_parameter(name).shape, dtype=torch.bool) for name in names(loaded.model)}
+    for kept in mask.values():
+        kept[1::2] = False
+    masks.apply(loaded.model, mask)
+    models.save_model(loaded.model, loaded.tokenizer, tmp_path / "rows")
+    put = sparse_lora.put_on(in_4_bits(str(tmp_path / "rows")), mask, S2S, rank=3, alpha=6.0, seed=0)
+    assert sum(sparse_lora.violations(put).values()) == 0
+    layer = masked_adapters.layers(put)[PLACES["llama"][0]].get_base_layer()
+    layer.weight.data = layer.weight.data ^ 0x11  # other codes
+    assert sparse_lora.violations(put)[PLACES["llama"][0]] > 0, "and what comes alive is counted"
 
 
 # In a training run, and on a real model -------------------------------------------------------------------------------

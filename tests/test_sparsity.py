@@ -15,6 +15,7 @@ import yaml
 
 from nbhelpers import (
     evaluation,
+    importance,
     mask_sets,
     masked_adapters,
     masked_training,
@@ -349,6 +350,65 @@ def test_a_set_of_masks_serves_no_other_weights_precision_seed_or_scope(changes,
     second = mask_sets.chosen(loaded, other, 0.5, [], folder=tmp_path)
     again = mask_sets.chosen(own, wanted, 0.2, [], folder=tmp_path)
     assert [one.came for one in (first, second, again)] == ["measured", "measured", "cached"]
+
+
+@pytest.fixture
+def scorings(monkeypatch):
+    """What weights were scored by, each time that it was done."""
+    found, own = [], importance.scores
+
+    def counted(model, name, *rest, **more):
+        found.append(name)
+        return own(model, name, *rest, **more)
+
+    monkeypatch.setattr(importance, "scores", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    "more, times",
+    [
+        ({}, 1),
+        ({"axes": {"calibration_rows": [4, 6]}}, 2),
+        ({"axes": {"task": ["boolq", "hellaswag"]}}, 2),
+        ({"base": {"pattern": "structured"}, "axes": {"dimension": ["outputs", "inputs"]}}, 2),
+        ({"base": {"importance": "random"}, "axes": {"calibration_rows": [4, 6]}}, 1),
+    ],
+)
+def test_one_scoring_serves_all_sparsities_of_a_plan_and_no_other_ranking_as_its_price_says(
+    more, times, scorings, tmp_path
+):
+    base = {**QUICK, "tuning": "none", "limit": 2, "importance": "taylor", "calibration_rows": 4} | more.get("base", {})
+    axes = {"sparsity": [0, 0.15, 0.5, 0.95]} | more.get("axes", {})
+    values = {"kind": "sparsity", "base": {k: v for k, v in base.items() if k not in axes}, "axes": axes}
+    found = sweep.run(values, tmp_path / "s")
+    assert found["failed"] == 0 and len(scorings) == times == sweep.preview(values)["price"]["scorings"]
+    rows = sweep.results(tmp_path / "s")
+    assert all(row["all_facts_hold"] for row in rows)
+    shas = {share: {row["mask_sha256"] for row in rows if row["sparsity"] == share} for share in axes["sparsity"]}
+    assert [len(shas[share]) for share in (0.15, 0.5, 0.95)] == [times] * 3
+    assert len(list((tmp_path / "s" / "runs" / mask_sets.FOLDER).glob("*"))) == times
+
+
+def test_a_mask_is_the_same_one_whatever_others_are_made_with_it(tmp_path):
+    model = models.load_model("tiny-gpt2").model
+    wanted = mask_sets.Wanted("unstructured", "random", "layer", "outputs", 0)
+    alone = mask_sets.chosen(model, wanted, 0.35, [], folder=tmp_path)
+    among = mask_sets.chosen(model, wanted, 0.35, [], folder=tmp_path, others=[0, 0.15, 0.95])
+    assert (alone.came, among.came) == ("measured", "measured") and alone.sha256 == among.sha256
+    assert among.levels.sparsities == tuple(sorted([*mask_sets.USUAL, 0.15, 0.35, 0.95]))
+    usual = mask_sets.chosen(model, wanted, 0.5, [], folder=tmp_path)
+    assert usual.levels.sparsities == mask_sets.USUAL
+    assert mask_sets.chosen(model, wanted, 0.2, [], folder=tmp_path, others=[0, 0.9]).came == "cached"
+
+
+def test_more_sparsities_than_a_set_holds_are_made_in_as_few_sets_as_can_be():
+    many = [n / 100 for n in range(1, 21)]
+    found = mask_sets.in_sets("unstructured", many)
+    assert [len(one) for one in found] == [15, 5] and [*found[0], *found[1]] == many
+    assert mask_sets.in_sets("unstructured", [0.0, *many[:6]]) == [sorted({*many[:6], *mask_sets.USUAL})]
+    assert mask_sets.in_sets("unstructured", [0.05, *many[:6], 0.99]) == [[*many[:6], 0.99]]
+    assert mask_sets.in_sets("nm", [0, 0.5]) == [[0.25, 0.5, 0.75]]
 
 
 def test_a_run_that_was_stopped_in_training_goes_on_under_its_mask_and_ends_as_without_the_stop(tmp_path):

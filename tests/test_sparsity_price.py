@@ -46,8 +46,41 @@ def test_disk_grows_by_what_is_kept_and_by_nothing_else():
 def test_what_nobody_knows_before_is_not_guessed():
     found = sparsity_price.price(configs(model="somebody/some-model"))
     assert found["downloads"] == {"somebody/some-model": None} and found["disk_bytes"] is None
-    assert sparsity_price.price(configs(data=None, limit=None))["disk_bytes"] is None, "rows of the hub: how many?"
-    assert sparsity_price.price(configs(data=None, limit=7))["disk_bytes"] is not None
+    assert any("somebody/some-model is not in the catalogue and not here" in note for note in found["notes"])
+
+
+def test_rows_on_the_hub_are_as_many_as_the_card_of_their_data_set_says():
+    def answers(**changes) -> int:
+        few = sparsity_price.price(configs(data=None, limit=1) + configs(data=None, limit=1, task="gsm8k"))
+        many = sparsity_price.price(configs(data=None, **changes) + configs(data=None, limit=1, task="gsm8k"))
+        return (many["disk_bytes"] - few["disk_bytes"]) // (3 * 2 * sparsity_price.ANSWER_BYTES)
+
+    assert answers(limit=None) == 3_270 - 1 and answers(limit=7) == 7 - 1 and answers(limit=10**6) == 3_270 - 1
+    (note,) = sparsity_price.price(configs(data=None) + configs(data=None, task="hellaswag"))["notes"]
+    assert note == "evaluation rows on the hub, by the card of each data set: boolq 3,270, hellaswag 10,042"
+
+
+@pytest.mark.parametrize("name", ["calibration_rows", "window", "train_data", "seed", "dtype", "dimension"])
+def test_jobs_share_a_scoring_only_where_nothing_that_decides_it_differs(name, tmp_path):
+    other = {"calibration_rows": 5, "window": 32, "train_data": "x.jsonl", "seed": 3, "dtype": "bfloat16"}
+    other |= {"dimension": "inputs"}
+    base = {"importance": "wanda", "pattern": "structured"}
+
+    def scorings(importance: str) -> int:
+        changed = configs(**base | {"importance": importance, name: other[name]})
+        return sparsity_price.price(configs(**base | {"importance": importance}) + changed)["scorings"]
+
+    assert scorings("wanda") == 2
+    assert scorings("magnitude") == (2 if name in ("dtype", "dimension") else 1), "it looks at no data"
+
+
+def test_sparsities_of_one_ranking_are_scored_once_and_once_more_where_a_set_is_full():
+    def priced(sparsities) -> dict:
+        one = configs()[-1]
+        return sparsity_price.price([one | {"sparsity": share} for share in sparsities])
+
+    assert priced([0, 0.15, 0.25, 0.35, 0.95])["scorings"] == 1
+    assert priced([n / 20 for n in range(20)])["scorings"] == 2
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ def test_a_step_and_a_document_are_the_difference_of_two_pilots():
     config = {"task": "boolq", "data": "bundled", "limit": 50, "steps": 100, "tuning": "lora"}
     assert pace.seconds(config, evaluations=2) == pytest.approx(0.9 + 10 + 50 * 2 * 0.02)
     assert pace.seconds(config | {"tuning": "none"}, evaluations=2) == pytest.approx(0.9 + 2)
-    assert pace.seconds(config | {"data": None, "limit": None}, evaluations=2) is None
+    hub = config | {"data": None, "limit": None}
+    assert pace.seconds(hub, evaluations=2) == pytest.approx(0.9 + 10 + 3_270 * 2 * 0.02), "by the data set's card"
+    assert pace.seconds(hub | {"task": "perplexity"}, evaluations=2) is None
 
 
 def test_noise_makes_no_time_that_is_below_none():

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from nbhelpers import channels, commands_training, data, generated, mask_sets, masks, models, plots, plots_pruning
+from nbhelpers import (
+    channels,
+    commands_training,
+    data,
+    generated,
+    mask_files,
+    mask_sets,
+    masks,
+    models,
+    plots,
+    plots_pruning,
+)
 from nbhelpers import notebook as around
 from nbhelpers.experiments import PruningConfig
 from nbhelpers.pruning_panel import PruningTabs
@@ -90,6 +101,50 @@ def test_sparse_lora_after_masking_brings_its_merge_proof_and_no_steps_no_tuning
     bare = run(text, tmp_path / "b", steps=0, sparsity=0)
     assert bare["all_facts_hold"] and bare["fine_tuned"] is None and bare["merge"] is None
     assert bare["pruned"] == bare["baseline"]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> dict[str, str]:
+    """Mask files of tiny-gpt2: of one sparsity, and of two."""
+    model, folder = models.load_model("tiny-gpt2", device="cpu").model, tmp_path_factory.mktemp("stored")
+    for name, levels in (("one", [0.75]), ("two", [0.25, 0.75])):
+        made = masks.create(model, masks.weights(model), levels, scope="layer", absolute=True)
+        (folder / name).mkdir()
+        mask_files.save(folder / name / "masks.pt", made, importance="magnitude")
+    return {name: str(folder / name) for name in ("one", "two")}
+
+
+def test_without_a_sparsity_the_only_one_of_a_mask_file_is_taken_and_told(stored, text, tmp_path):
+    found = run(text, tmp_path / "run", masks=stored["one"], steps=0)
+    assert found["all_facts_hold"], failed(found)
+    assert found["level"] == 0.75 and found["mask"]["sparsity"] == pytest.approx(0.75, abs=1e-4)
+    assert read_run(tmp_path / "run").config["sparsity"] is None
+
+
+def test_a_mask_made_by_the_run_itself_is_of_half_the_weights_where_nothing_is_said():
+    assert [WeightPruningConfig(**QUICK | one).sparsity for one in ({}, {"sparsity": None}, {"sparsity": 0})] == [
+        0.5,
+        0.5,
+        0,
+    ]
+    assert WeightPruningConfig(masks="anything.pt").sparsity is None
+
+
+@pytest.mark.parametrize(
+    "name, sparsity, said",
+    [
+        ("two", None, "holds the sparsities 0.25, 0.75: choose one with --sparsity"),
+        ("two", 0.5, "unknown sparsity 0.5.* Available: 0.25, 0.75"),
+        ("one", 0.5, "unknown sparsity 0.5.* Available: 0.75"),
+    ],
+)
+def test_a_level_that_a_mask_file_does_not_settle_is_asked_for_before_a_model_is_loaded(
+    name, sparsity, said, stored, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(LookupError, match=said):
+        run(text, tmp_path / "run", masks=stored[name], sparsity=sparsity)
+    assert not (tmp_path / "run").exists()
 
 
 def test_channels_that_removal_takes_wrong_are_reported(text, tmp_path, monkeypatch):
