@@ -131,7 +131,9 @@ def markdown(found: Mapping[str, Any]) -> str:
         shown = [best[one["model"], one["task"], *column] for column in columns]
         cells_shown = " | ".join("none" if value is None else f"{value:g}" for value in shown)
         lines.append(f"| {one['model']} | {one['task']} | {cells_shown} |")
-    lines.append("")
+    others = {one["method"]: one["sparsity_of"] for one in found["headline"] if one["sparsity_of"] != "weights"}
+    shares = "".join(f"; {method}: of the projections' {of}" for method, of in others.items())
+    lines += ["", f"Sparsities are shares of the projections' weights{shares}.", ""]
     for one in found["wanted"]:
         lines.append(f"- {one['what']}: {one['seen']}: {'yes' if one['met'] else 'NO'}.")
     return "\n".join(lines) + "\n"

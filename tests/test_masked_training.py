@@ -207,7 +207,7 @@ def test_a_stored_mask_does_what_the_same_mask_made_here_does(sparse, text, tmp_
         settings = config(text, method="sparse_lora", masks=str(place), sparsity=0.5)
         found = FineTuningExperiment.run(settings, run_dir=tmp_path / place.suffix.strip(".") / "run")
         assert found["mask"]["sha256"] == sparse["mask"]["sha256"] and found["fine_tuned"] == sparse["fine_tuned"]
-    with pytest.raises(LookupError, match="of several sparsities, 0.25, 0.5: choose one"):
+    with pytest.raises(LookupError, match="holds the sparsities 0.25, 0.5: choose one with --sparsity"):
         FineTuningExperiment.run(config(text, method="sparse_lora", masks=str(path)), run_dir=tmp_path / "which")
     wrong = config(text, model="tiny-opt", masks=str(path), sparsity=0.5)
     with pytest.raises(ValueError, match="for another model"):
