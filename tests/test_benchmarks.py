@@ -552,3 +552,16 @@ def test_the_sweep_s_share_of_the_time_is_taken_round_by_round():
         (0.25, True),  # beside libraries: of 0.1, 0.25, 0.33
         (0.08, True),
     ]
+
+
+def test_what_scoring_takes_is_measured_of_every_score_and_said_with_its_promise():
+    importance = load("importance")
+    found = importance.measure(importance.TINY, 16)
+    attention, mlp = 4 * 128 * 128, 3 * 128 * 344
+    assert found["covered"] == found["scored"] == 2 * (attention + mlp) and found["groups"] == 1
+    assert found["accumulator_bytes"] == 4 * found["covered"] and found["weights_bytes"] == 2 * found["parameters"]
+    promised = importance.target("GB, peak memory of scoring a 7B shape", "<=", 24, 22.5)
+    here = {"processor": "x86", "device": "CPU", "threads": 2, "torch": "2"}
+    text = importance.markdown({"measured": found, "machine": here, "layers": 2, "targets": [promised]})
+    assert text.endswith("- GB, peak memory of scoring a 7B shape: at most 24 was promised, 22.5 measured: met.\n")
+    assert importance.no_room(importance.LLAMA_2_7B | {"num_hidden_layers": 10_000}).startswith("it wants about 4057 GB")
