@@ -76,9 +76,8 @@ def _asked(options: Mapping[str, Any], force_recompute: bool) -> dict[str, Any]:
 def _optional(option: inspect.Parameter) -> inspect.Parameter:
     """An option whose absence leaves the field to the config file, or to its default, which the help names."""
     kind, about = option.annotation.__origin__, option.annotation.__metadata__[0]
-    about.help += (
-        "" if option.default is None or option.default == "" else f" (default: {option.default})"
-    )  # in [] it is markup
+    if option.default is not None and option.default != "":
+        about.help += f" (default: {option.default})"  # in [] it would be markup
     about.show_default = False
     return option.replace(default=None, annotation=Annotated[kind | None, about])
 

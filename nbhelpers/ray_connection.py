@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 STARTS = 3  # of Ray itself: it gives up after a time that cannot be set, which a busy machine needs for its helpers
+TOO_SLOW = "Starting Ray client server failed"  # what a cluster says whose machine is busy
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through it; Ray takes no less than 75 MiB
 log = logging.getLogger(__name__)
 
@@ -53,12 +54,16 @@ def connected(ray: Any, count: int, address: str | None) -> Iterator[str | None]
 def _connect(ray: Any, count: int, address: str | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if address is not None:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            said = " ".join(str(error).split())
-            raise ValueError(f"no Ray takes us in at address {address!r}: {said}{_advice()}") from error
-        return
+        for left in reversed(range(STARTS)):
+            try:
+                ray.init(address=address, **quiet)
+                return
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                said = " ".join(str(error).split())
+                if not left or TOO_SLOW not in said:
+                    raise ValueError(f"no Ray takes us in at address {address!r}: {said}{_advice()}") from error
+                log.warning("the cluster started no server for Ray's client in time (%s): once more", said)
+                ray.shutdown()
     cores = max(count, os.cpu_count() or 1)
     own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
     for left in reversed(range(STARTS)):

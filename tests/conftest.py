@@ -70,12 +70,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that takes `data_dir` is a data test, marked or not.
-
-    One in a browser, or on a Ray cluster whose servers give up where a machine is busy, has two tries, told as a rerun.
-    """
+    """A test that takes `data_dir` is a data test, marked or not; one in a browser has two tries, told as a rerun."""
     for item in items:
-        if item.path.name.startswith(("test_browser", "test_ray_cluster")):
+        if item.path.name.startswith("test_browser"):
             item.add_marker(pytest.mark.flaky(reruns=1))
         if "data_dir" in getattr(item, "fixturenames", ()):
             item.add_marker("data")

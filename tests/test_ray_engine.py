@@ -297,3 +297,31 @@ def test_the_plan_of_twelve_rows_has_equal_results_in_one_process_with_two_worke
     assert found["alone"] == found["workers"]
     assert found["alone"] == found["ray"]
     assert len({row["mask_sha256"] for row in found["ray"]}) == 5, "dense, and four masks that both modes share"
+
+
+class Busy:
+    """A Ray whose cluster is too slow for its client so many times."""
+
+    def __init__(self, times, says):
+        self.times, self.says, self.calls = times, says, []
+
+    def init(self, address, **_options):
+        self.calls.append(address)
+        if len(self.calls) <= self.times:
+            raise ConnectionAbortedError(f"Initialization failure from server: {self.says}")
+
+    def shutdown(self):
+        self.calls.append("shutdown")
+
+
+def test_a_cluster_that_is_too_slow_for_rays_client_is_asked_again_and_any_other_refusal_stands():
+    slow, place = "Starting Ray client server failed. See a file", "ray://127.0.0.1:10001"
+    once = Busy(1, slow)
+    ray_connection._connect(once, 1, place)
+    assert once.calls == [place, "shutdown", place]
+    with pytest.raises(ValueError, match="no Ray takes us in at address .* Starting Ray client server failed"):
+        ray_connection._connect(Busy(9, slow), 1, place)
+    other = Busy(1, "versions differ")
+    with pytest.raises(ValueError, match="versions differ"):
+        ray_connection._connect(other, 1, place)
+    assert other.calls == [place]
