@@ -70,9 +70,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that takes `data_dir` is a data test, marked or not; one in a browser has two tries, told as a rerun."""
+    """A test that takes `data_dir` is a data test; one with a browser or on Ray has two tries, told as a rerun."""
     for item in items:
-        if item.path.name.startswith("test_browser"):
+        on_ray = item.path.name.startswith("test_ray") and item.get_closest_marker("slow")
+        if on_ray or item.path.name.startswith("test_browser"):
             item.add_marker(pytest.mark.flaky(reruns=1))
         if "data_dir" in getattr(item, "fixturenames", ()):
             item.add_marker("data")

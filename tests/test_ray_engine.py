@@ -299,29 +299,36 @@ def test_the_plan_of_twelve_rows_has_equal_results_in_one_process_with_two_worke
     assert len({row["mask_sha256"] for row in found["ray"]}) == 5, "dense, and four masks that both modes share"
 
 
-class Busy:
-    """A Ray whose cluster is too slow for its client so many times."""
+class Forking:
+    """A cluster whose server for the client dies so many times, as ray's do at times while they are forked."""
 
-    def __init__(self, times, says):
-        self.times, self.says, self.calls = times, says, []
+    def __init__(self, times, error):
+        self.times, self.error, self.calls = times, error, []
 
     def init(self, address, **_options):
         self.calls.append(address)
-        if len(self.calls) <= self.times:
-            raise ConnectionAbortedError(f"Initialization failure from server: {self.says}")
+        if self.calls.count(address) <= self.times:
+            raise self.error
 
     def shutdown(self):
         self.calls.append("shutdown")
 
 
-def test_a_cluster_that_is_too_slow_for_rays_client_is_asked_again_and_any_other_refusal_stands():
-    slow, place = "Starting Ray client server failed. See a file", "ray://127.0.0.1:10001"
-    once = Busy(1, slow)
-    ray_connection._connect(once, 1, place)
-    assert once.calls == [place, "shutdown", place]
-    with pytest.raises(ValueError, match="no Ray takes us in at address .* Starting Ray client server failed"):
-        ray_connection._connect(Busy(9, slow), 1, place)
-    other = Busy(1, "versions differ")
+@pytest.mark.parametrize("said", ["Starting Ray client server failed.", "ZombieProcess: PID still exists"])
+def test_a_cluster_whose_server_for_the_client_died_is_asked_again_up_to_three_times(said):
+    place, died = "ray://127.0.0.1:10001", ConnectionAbortedError(f"Initialization failure from server: {said}")
+    thrice = Forking(3, died)
+    ray_connection._connect(thrice, 1, place)
+    assert thrice.calls == [place, "shutdown"] * 3 + [place]
+    always = Forking(9, died)
+    with pytest.raises(ValueError, match=f"no Ray takes us in at address .* {said}"):
+        ray_connection._connect(always, 1, place)
+    assert always.calls.count(place) == 4
+
+
+def test_another_refusal_of_a_cluster_stands_at_once():
+    place = "ray://127.0.0.1:10001"
+    other = Forking(1, RuntimeError("versions differ"))
     with pytest.raises(ValueError, match="versions differ"):
         ray_connection._connect(other, 1, place)
     assert other.calls == [place]
