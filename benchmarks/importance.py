@@ -129,7 +129,7 @@ def main() -> None:
         return
     here = machine("transformers")
     measured = measure(shape, options.tokens)
-    promised = target("GB, peak memory of scoring a 7B shape", "<=", WANTED_GIGABYTES, measured["peak_bytes"] / 1e9)
+    promised = target("peak memory of scoring a 7B shape in GB", "<=", WANTED_GIGABYTES, measured["peak_bytes"] / 1e9)
     found = {"machine": here, "layers": shape["num_hidden_layers"], "measured": measured, "targets": [promised]}
     out = options.out or (None if options.quick else RESULTS)
     publish("importance", found, markdown(found), out, options.readme, MARK)

@@ -8,8 +8,8 @@ Memory beside the model: accumulators lie on the CPU in float32, for as many pro
 ACCUMULATOR_BYTES (at least one), and each is given away when its score is. A gradient lives only until it is added to
 its accumulator, so there is one at a time. The rows are read once for each such group: a model of 1 B numbers once, a
 7 B model seven times. For 7 B numbers in bfloat16 and rows of 512 tokens, one at a time, that is 13.5 GB of weights,
-4.3 GB of accumulators, 0.3 GB around a gradient, and 3.7 GB of activations (both measured on layers of that width, and
-multiplied): 22 GB, less 4.3 GB on a GPU.
+4.2 GB of accumulators, and activations with one gradient: 21.9 GB in all as measured (benchmarks/importance.py), less
+the accumulators on a GPU.
 """
 
 from __future__ import annotations

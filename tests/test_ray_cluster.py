@@ -39,7 +39,7 @@ class Cluster:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if any(self.folder in word for word in process.cmdline()):
+                if any(self.folder in word or word.endswith(f":{self.port}") for word in process.cmdline()):
                     found.append(process)
         return found
 
