@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 COLAB := .venv-colab
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 180 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 1200 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
 # unit tests run in this many processes, each test file in one of them, each process with one thread
 WORKERS ?= 2
 UNIT := -q -m "not slow and not soak" -n $(WORKERS) --dist loadfile

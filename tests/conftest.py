@@ -73,7 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that takes `data_dir` is a data test; one with a browser or on Ray has two tries, told as a rerun."""
     for item in items:
         on_ray = item.path.name.startswith("test_ray") and item.get_closest_marker("slow")
-        if on_ray or item.path.name.startswith("test_browser"):
+        in_browser = item.path.name.startswith("test_browser") or "browser" in getattr(item, "fixturenames", ())
+        if on_ray or in_browser:
             item.add_marker(pytest.mark.flaky(reruns=1))
         if "data_dir" in getattr(item, "fixturenames", ()):
             item.add_marker("data")

@@ -69,7 +69,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookN
     folder.mkdir(parents=True, exist_ok=True)
     copy = nbformat.from_dict(notebook)
     resources = {"metadata": {"path": str(folder)}}
-    return NotebookClient(copy, kernel_name="python3", timeout=600, resources=resources).execute()
+    return NotebookClient(copy, kernel_name="python3", timeout=1800, resources=resources).execute()
 
 
 def shown_widgets(notebook: nbformat.NotebookNode) -> int:

@@ -47,7 +47,7 @@ def put(panel, **values):
     until(lambda: panel._worker is None)
 
 
-def until(probe, seconds=20):
+def until(probe, seconds=120):
     give_up = time.monotonic() + seconds
     while not (found := probe()):
         assert time.monotonic() < give_up, "not within the time"
@@ -211,7 +211,9 @@ def test_a_run_that_is_being_written_appears_goes_on_and_ends_while_it_is_follow
         run.finish({"accuracy": 0.75})
     until(lambda: not made.follow.value)
     assert "nothing runs any more" in made.status.value and made.running.value == ""
-    assert shown_means(made) == ["0.250", "0.750"] and not made._follower.is_alive()
+    assert shown_means(made) == ["0.250", "0.750"]
+    made._follower.join(60)
+    assert not made._follower.is_alive()
 
 
 def test_following_ends_where_it_is_switched_off(tmp_path, monkeypatch):
@@ -222,7 +224,7 @@ def test_following_ends_where_it_is_switched_off(tmp_path, monkeypatch):
         made.follow.value = True
         until(lambda: made.view is not None)
         made.follow.value = False
-        made._follower.join(5)
+        made._follower.join(60)
         assert not made._follower.is_alive()
         run.finish({})
 

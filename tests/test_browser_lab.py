@@ -39,7 +39,7 @@ status, live = named(w.HTML("ready"), "nbh-status"), w.Image(format="png", value
 def job():
     for points in range(3, 7):
         live.value = png(points)
-        time.sleep(0.2)
+        time.sleep(0.8)
     live.value = png(6)  # the same bytes again
     status.value = f"finished {strategy.value} {level.value:.2f}"
     button.disabled = False
@@ -85,6 +85,7 @@ def test_what_is_set_is_what_runs_a_page_that_moves_is_clicked_again_and_a_broke
             page.wait_status("running")
             assert not page.is_enabled("nbh-run")
             assert page.wait_status("finished", seconds=30) == "finished magnitude 0.45"
+            until("five pictures", lambda: page.most_pictures_of_one_slot() >= 5, 60)
             assert page.most_pictures_of_one_slot() == 5, "one before, four while it ran, none for the same bytes"
 
             page.page.evaluate(MOVES_UNDER_THE_MOUSE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -381,9 +382,10 @@ def test_speed_is_measured_of_the_whole_the_closed_and_the_narrow_model_in_turn(
 
 
 @pytest.mark.slow
-def test_half_of_the_channels_less_is_faster_than_half_of_them_zero():
+def test_half_of_the_channels_less_takes_less_processor_time_than_half_of_them_zero(monkeypatch):
+    monkeypatch.setattr(evaluate, "_now", lambda model: time.process_time())  # whatever else runs on the machine
     model = build("llama", hidden_size=256, intermediate_size=1024)
-    kept = channels.choose_channels(torch.rand(3, 1, 1024), 0.5)
+    kept = channels.choose_channels(torch.rand(3, 1, 1024, generator=torch.Generator().manual_seed(0)), 0.5)
     speed = channels.measured_speed(model, kept, text_rows((64,) * 8), passes=11)
     assert speed.removal > 1.2 * speed.masks_alone  # a quiet machine: 1.55 and 1.01
 

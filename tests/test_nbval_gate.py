@@ -35,7 +35,7 @@ def nbval(path: Path) -> subprocess.CompletedProcess[str]:
         "--nbval",
         "--nbval-current-env",
         "--nbval-cell-timeout",
-        "180",
+        "1200",
         "--nbval-sanitize-with",
         SANITIZE,
         path,
@@ -115,8 +115,8 @@ def test_a_committed_notebook_has_a_number_that_nbval_compares(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_changed_number_in_a_committed_notebook_fails(path, tmp_path):
+def test_a_changed_number_in_a_committed_notebook_fails(tmp_path):
+    path = next(path for path in NOTEBOOKS if path.stem.startswith("05"))  # as every one holds a number, see above
     notebook = nbformat.read(path, as_version=4)
     changed = change_one_number(notebook)
     assert changed, "no number in it is compared"

@@ -155,7 +155,7 @@ def test_stop_in_the_middle_leaves_an_interrupted_run_and_run_after_stop_works(m
 
 
 def test_run_now_raises_interrupted_after_a_stop(made):
-    threading.Timer(0.3, made.stop).start()
+    threading.Thread(target=lambda: made.at_work.wait(60) and made.stop(), daemon=True).start()
     with pytest.raises(Interrupted):
         made.run_now()
     assert made.state == "stopped"

@@ -26,7 +26,7 @@ def launched(processes: int, *command: str) -> subprocess.CompletedProcess:
     if processes > 1:
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*start, *command], capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run([*start, *command], capture_output=True, text=True, timeout=900, env=environment)
 
 
 def test_one_process_is_the_first_of_one_and_everything_stays_as_it_is(monkeypatch):
