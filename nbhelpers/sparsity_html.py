@@ -43,7 +43,7 @@ h3 { font-size: 1rem; margin: 1.8rem 0 .2rem } p { margin: .5rem 0; overflow-wra
 table { border-collapse: collapse; font-size: .86rem; white-space: nowrap }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #e4e4e4; vertical-align: top }
 th { color: #555; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-.failed { color: #a3001b; font-weight: 600 } .none { color: #767676 }
+.failed { color: #a3001b; font-weight: 600 } .none { color: #767676 } .long { white-space: normal; min-width: 17rem }
 .cover { display: flex; height: .6rem; background: #e4e4e4; border-radius: .3rem; overflow: hidden;
   margin: .8rem 0 .2rem }
 .cover i { background: #0072B2 } .cover .lost { background: #D55E00 }
@@ -52,7 +52,7 @@ li { margin: .2rem 0 } ul { padding-left: 1.2rem }
 </style></head><body>
 {%- macro grid(names, lines) %}<div class="wide"><table><tr>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for line in lines %}<tr>{% for cell in line %}<td{% if cell in empty %} class="none"{% elif "FAILED" in cell %} \
-class="failed"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+class="failed"{% elif cell|length > 48 %} class="long"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endmacro %}
 {%- macro picture(name, alt) %}{% if name in pictures %}<div class="wide"><img alt="{{ alt }}" \
 src="data:image/png;base64,{{ pictures[name] }}"></div>{% endif %}{% endmacro %}
