@@ -43,7 +43,8 @@ class Doer:
 
     def do(self, job: Job, begun: Callable[[Job], None] = lambda job: None) -> dict[str, Any] | None:
         """{status, seconds, and of a failure failure and error}; None where another process has the job or has done
-        it. Status `planned`: a retry rule wants it once more. An interrupt is recorded and raised on."""
+        it, or took it over meanwhile. Status `planned`: a retry rule wants it once more. An interrupt is recorded and
+        raised on."""
         with self.ledger.lease(job.id) as ours:
             if not ours or not self.ledger.state(job.id, leased=False).to_do:  # it may have been done meanwhile
                 return None
@@ -58,7 +59,7 @@ class Doer:
             begun(job)
             return self._try(job, config, number, run_dir, {"resume": True} if goes_on else {})
 
-    def _try(self, job: Job, config: dict[str, Any], number: int, run_dir: Path, more: dict) -> dict[str, Any]:
+    def _try(self, job: Job, config: dict[str, Any], number: int, run_dir: Path, more: dict) -> dict[str, Any] | None:
         begin = time.monotonic()
         try:
             hears = {"progress": self._within(job, run_dir), "should_stop": self.should_stop}
@@ -76,7 +77,9 @@ class Doer:
 
     def _failed(
         self, job: Job, config: dict[str, Any], number: int, run_dir: Path, error: Exception, begin: float
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any] | None:
+        if self._lost(job):
+            return None
         if not (run_dir / "manifest.json").exists() and not (run_dir.is_dir() and any(run_dir.iterdir())):
             self._leave_record(job, config, run_dir, error)  # refused before there was a run
         failure = failure_class(error)
@@ -86,13 +89,20 @@ class Doer:
         log.warning("job %s (%s) failed: %s: %s", job.id, job.name, failure, said["error"])
         gc.collect()  # what the job had loaded
         changed = retry_rules.again(failure, config)
-        if changed is None:
+        if changed is None or found is None:
             return found
         self.ledger.note("retry", job.id, number, because=failure, **changed)
         log.warning("job %s is tried again with %s", job.id, ", ".join(f"{k} {v}" for k, v in changed.items()))
         return {**found, "status": "planned"}
 
-    def _give_up(self, job: Job, config: dict[str, Any], reached: int) -> dict[str, Any]:
+    def _lost(self, job: Job) -> bool:
+        """Whether another process took the job over while this one slept: how it ends is that one's to say."""
+        lost = not self.ledger.holds(job.id)
+        if lost:
+            log.warning("job %s (%s) was taken over by another process: no more is recorded here", job.id, job.name)
+        return lost
+
+    def _give_up(self, job: Job, config: dict[str, Any], reached: int) -> dict[str, Any] | None:
         """A try that only says why there is none."""
         number, run_dir, _ = self.ledger.next_run_dir(job.id)
         error = retry_rules.killed_error(reached)
@@ -107,7 +117,9 @@ class Doer:
         with contextlib.suppress(type(error)), ExperimentTracker(record, run_dir=run_dir):
             raise error
 
-    def _note(self, job: Job, number: int, found: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def _note(self, job: Job, number: int, found: dict[str, Any], **more: Any) -> dict[str, Any] | None:
+        if self._lost(job):
+            return None
         self.ledger.note("ended", job.id, number, **found, **more)
         return found
 

@@ -63,6 +63,16 @@ def curve(
     return found | {"sentence": _sentence(found, rows)}
 
 
+def with_uncounted(found: dict[str, Any], validation_rows: int, shots: int = 0) -> dict[str, Any]:
+    """The curve with the labels that its numbers of rows leave out, in its "sentence" too.
+
+    validation_rows: dialogues that chose the best step of each tuning. shots: solved dialogues in every prompt.
+    """
+    said = f"Plus {validation_rows} validation dialogues, which chose each tuning's best step"
+    said += f", and {shots} solved in every prompt." if shots else "."
+    return found | {"validation_rows": validation_rows, "shots": shots, "sentence": f"{found['sentence']} {said}"}
+
+
 def _state(differences: Sequence[float]) -> str:
     if differences[-1] <= 0:
         return "never"

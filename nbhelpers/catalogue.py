@@ -73,10 +73,18 @@ def names() -> list[str]:
 def entry(name: str) -> Entry:
     """The model of a name or hub id, upper or lower case. LookupError for one that is not in the catalogue."""
     wanted = name.lower()
-    for known in _entries().values():
-        if wanted in (known.name.lower(), known.hub_id.lower()):
-            return known
+    for one in _entries().values():
+        if wanted in (one.name.lower(), one.hub_id.lower()):
+            return one
     raise LookupError(unknown("hub model", name, names()))
+
+
+def known(name: str) -> Entry | None:
+    """The same; None for one that is not in the catalogue."""
+    try:
+        return entry(name)
+    except LookupError:
+        return None
 
 
 def hub_id(name: str) -> str:

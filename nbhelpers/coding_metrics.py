@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -54,15 +54,6 @@ MEASURES: dict[str, Callable[[Line], bool | None]] = {
 OF_CODES = ("category_accuracy", "chapter_accuracy")
 
 
-def headline(sides: Iterable[Sequence[Line]]) -> str:
-    """The measure that models are compared by: top-1 where all of them ranked the label set, else written answers.
-
-    A ranking is the most favourable to an untuned model: none of its answers is invalid.
-    """
-    ranked = all(line.get("ranked") for lines in sides for line in lines)
-    return "top_1_accuracy" if ranked else "exact_match_accuracy"
-
-
 def outcomes(lines: Sequence[Line], headline: str) -> list[bool]:
     """Right or not of each line by a measure. ValueError where a line does not have it, LookupError for no measure."""
     if headline not in MEASURES:
@@ -89,9 +80,10 @@ def measure(
     """Every measure of one model's answers; None where one does not apply.
 
     kind: "icd10" has categories and chapters, "labels" has none. train_counts: label -> its training rows. Category,
-    chapter, F1 and both breakdowns look at `prediction`. F1 takes as gold the predicted label where it is right, else
-    the first gold one, and averages over the classes that occur as gold or as prediction (scikit-learn's way), macro
-    equally and weighted by their documents. No recall: weighted, it is the accuracy. `intervals` resample documents;
+    chapter, F1 and both breakdowns look at `prediction`; a breakdown counts a document under its first gold label,
+    whatever the model says. F1 takes as gold the predicted label where it is right, else the first gold one, and
+    averages over the classes that occur as gold or as prediction (scikit-learn's way), macro equally and weighted by
+    their documents. No recall: weighted, it is the accuracy. `intervals` resample documents;
     where all are right or all wrong no resample differs: accuracies have the exact binomial one instead, F1 has none.
     """
     _check(lines, kind)
@@ -152,15 +144,15 @@ def _classes(lines: Sequence[Line]) -> numpy.ndarray:
 
 
 def _gold(line: Line) -> str:
-    """The one gold label that a document counts for."""
+    """The one gold label that a document counts for in F1."""
     said = prediction(line)
     return said if said in line["gold"] else line["gold"][0]
 
 
 def _by_chapter(lines: Sequence[Line], confidence: float) -> list[dict[str, Any]]:
     groups: dict[str, list[bool]] = {}
-    for line in sorted(lines, key=lambda line: icd10.normal(_gold(line))):
-        name = icd10.chapter(_gold(line)) or "in no chapter"
+    for line in sorted(lines, key=lambda line: icd10.normal(line["gold"][0])):
+        name = icd10.chapter(line["gold"][0]) or "in no chapter"
         groups.setdefault(name, []).append(prediction(line) in line["gold"])
     return [{"chapter": name, **_share(right, confidence)} for name, right in groups.items()]
 
@@ -168,11 +160,11 @@ def _by_chapter(lines: Sequence[Line], confidence: float) -> list[dict[str, Any]
 def _by_frequency(lines: Sequence[Line], counts: Mapping[str, int], confidence: float) -> list[dict[str, Any]]:
     found = []
     for low, high in BUCKETS:
-        inside = [line for line in lines if low <= counts.get(_gold(line), 0) <= high]
+        inside = [line for line in lines if low <= counts.get(line["gold"][0], 0) <= high]
         if inside:
             name = str(low) if low == high else f"{low}-{high}" if math.isfinite(high) else f"{low}+"
             right = [prediction(line) in line["gold"] for line in inside]
-            labels = len({_gold(line) for line in inside})
+            labels = len({line["gold"][0] for line in inside})
             found.append({"training_rows": name, "labels": labels, **_share(right, confidence)})
     return found
 

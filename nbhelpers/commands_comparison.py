@@ -121,8 +121,8 @@ def show_comparison(result: dict) -> str:
         if entry[measure] is None:
             lines.append(f"{key:<36} not measured")
             continue
-        bounds, speed = entry["intervals"][measure], entry["performance"]
-        took = f"{speed['seconds_per_dialogue']:>11.4f}" if speed else f"{'':>11}"
+        bounds, seconds = entry["intervals"][measure], (entry["performance"] or {}).get("seconds_per_dialogue")
+        took = f"{'':>11}" if seconds is None else f"{seconds:>11.4f}"
         between = f"[{bounds['low']:.3f}, {bounds['high']:.3f}]"
         lines.append(f"{key:<36} {entry[measure]:>7.3f} {between:>16} {entry['macro_f1']:>9.3f} {took}")
     if result["text"]["generated"]:

@@ -63,7 +63,6 @@ def masks_create() -> Callable:
             _refuse_idle(importance, data=data, rows=rows, window=window, seed=seed)
             path = records.check_output_folder(out, resume=True) / f"masks.{suffix}"
             texts, scored_on = _rows(model, importance, data, rows, window, seed or 0)
-            files = models.files_fingerprint(model)
             said = {
                 "model": model,
                 "importance": importance,
@@ -71,12 +70,13 @@ def masks_create() -> Callable:
                 "sparsities": list(map(float, masks.ascending(sparsity))),
                 "how": how,
                 **({"scored_on": scored_on} if scored_on else {}),
-                **({"model_files": records.sha256_json(files)} if files else {}),
+                **_made_of(model),  # of a hub id too: its config was read by now
             }
             there = None if overwrite else _there(path, records.plain(said))
             if there is not None:
                 return _told(path, there, "cached")
             loaded = models.load_model(model, device=device)
+            said |= _made_of(model)
             levels = _scored(loaded.model, said, texts, accept_low_coverage)
             path.parent.mkdir(parents=True, exist_ok=True)
             header = {name: value for name, value in said.items() if name not in ("sparsities", "how")}
@@ -89,6 +89,14 @@ def masks_create() -> Callable:
         carry_out(work, show_created, json)
 
     return command
+
+
+def _made_of(model: str) -> dict[str, str]:
+    """What a header says of the model's files, so that masks fit them in any number format; nothing where not known."""
+    from nbhelpers import mask_sets, records
+
+    files = mask_sets.model_files(model)
+    return {"model_files": records.sha256_json(files)} if files else {}
 
 
 def _refuse_idle(importance: str, **given: Any) -> None:

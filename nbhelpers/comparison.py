@@ -90,12 +90,15 @@ class Comparison:
             )
             made._carry_out()
             result = comparison_results.result(on, made.answers, made.phases, made.curve, made.chosen)
+            if result["break_even"] is not None:
+                chose = min(len(on.validation), comparison_answers.VALIDATION_ROWS)
+                result["break_even"] = break_even.with_uncounted(result["break_even"], chose, len(on.shots))
             result["run_dir"] = str(tracker.run_dir)
             result["licences"] = comparison_data.licences(config)
             made._merge_the_best(result)
             records.write_json(tracker.run_dir / RESULTS, records.plain(result["models"]))
+            made._write_cards(result)  # a finished run cannot be resumed for what it lacks
             tracker.finish(result)
-        made._write_cards(result)
         return result
 
     # phases -------------------------------------------------------------------------------------------------------
@@ -175,16 +178,15 @@ class Comparison:
 
     def _estimated(self, asking: Asking) -> dict[str, int]:
         """Bytes that the sum of estimates.py gives for this state's heaviest job."""
-        job, config = "inference_16bit", models.load_config(asking.model.name)
+        model, rows, rank = models.load_config(asking.model.name), 1, asking.model.lora_rank or self.config.lora_rank
+        job = f"inference_{asking.model.quantization or '16bit'}"
         if asking.tuning is not None:
-            job = {"full": "full_finetuning"}.get(asking.tuning.config.method, asking.tuning.config.method)
-        elif asking.model.quantization is not None:
-            job = f"inference_{asking.model.quantization}"
+            how = asking.tuning.config
+            job = {"full": "full_finetuning"}.get(how.method, how.method)
+            rows = how.micro_batch_size or how.batch_size
         wide = (self.config.device or runtime.device()) == "cpu"
-        rows = asking.tuning.config.batch_size if asking.tuning is not None else 1
-        need = estimates.required_bytes(
-            config, job, tokens=rows * asking.prompts.window, rank=self.config.lora_rank, weight_bytes=4 if wide else 2
-        )
+        tokens, size = rows * asking.prompts.window, 4 if wide else 2
+        need = estimates.required_bytes(model, job, tokens=tokens, rank=rank, weight_bytes=size)
         return {"bytes": need.total, "job": job}
 
     def _keep(self, key: str, answers: Answers, started: float, phase: str) -> None:
@@ -263,7 +265,7 @@ class Comparison:
                     if key in result["models"] and folder.is_dir():
                         prompts = self.on.prompts(model)
                         written = prompts.text(model_card.DIALOGUE)
-                        how = {"special_tokens": not prompts.chat, "end": prompts.end}
+                        how = {"new_tokens": prompts.room, "special_tokens": not prompts.chat, "end": prompts.end}
                         model_card.write(result, manifest, key, folder, prompt=written, **how)
 
     # break-even ---------------------------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ class Comparison:
                 tuning=self._tuning(model, [self.on.train[at] for at in chosen], keep=False),
             )
             answers = comparison_answers.obtain(asking, self.config, self.tracker, self._hear, self.should_stop)
-            right = comparison_results.right(answers, self.on.headline)
+            right = comparison_results.right(answers, self.on.config.headline)
             points.append((size, right))
             self._tell("answered", key=asking.key, right=sum(right), total=len(right), came=answers.came)
             self._phase("break_even", asking.key, answers, started)
@@ -293,7 +295,7 @@ class Comparison:
         self.curve = {"model": model.name, "key": key, "points": [*points, (whole, self._right(key))]}
 
     def _right(self, key: str, part: str = "test") -> list[bool]:
-        return comparison_results.right(self.answers[key], self.on.headline, part)
+        return comparison_results.right(self.answers[key], self.on.config.headline, part)
 
     def _validated(self, model: ModelInstanceConfig) -> float:
         right = self._right(f"SLM_{model.short}_finetuned", "validation")
@@ -339,7 +341,7 @@ class Comparison:
             lines = self._so_far.setdefault(now["key"], {})
             line, number = now.pop("line"), now.pop("number")
             if now["part"] == "test" and number not in lines:
-                lines[number] = comparison_results.is_right(line, self.on.headline)
+                lines[number] = comparison_results.is_right(line, self.on.config.headline)
                 if len(lines) % INTERIM_EVERY == 0:
                     now["interim"] = self._interim(now["key"], lines)
             now |= {"right": sum(lines.values()), "asked": len(lines)}
@@ -355,7 +357,7 @@ class Comparison:
             {name: [right[at] for at in numbers] for name, right in zip(large, map(self._right, large), strict=True)},
             {key: [lines[at] for at in numbers]},
             asked=len(self.on.test),
-            measure=self.on.headline,
+            measure=self.on.config.headline,
         )
         return None if found["waiting"] else found["sentence"]
 

@@ -27,6 +27,9 @@ from nbhelpers.tracking import ExperimentTracker, Interrupted
 FORMAT = 2  # of the code that makes these answers
 PREFIX = "coding-"  # of the folders of kept answers
 PARTIAL = "predictions.partial.jsonl"  # archives leave predictions out
+TRAINING = "training.json"  # of a tuning that is finished
+UNCHECKED = "predictions.unchecked.safetensors"  # logits of a tuned model until what was saved is compared with them
+OWN = "answers.sha256"  # names the kept answers that this run has asked for itself
 VALIDATION_ROWS = 64  # dialogues that choose the best state of a tuning
 CHECKED_ROWS = 64  # training rows of which is checked that they are asked as they are taught
 WARM_UP = 4  # dialogues that are asked before the clock starts, whose answers are dropped
@@ -107,10 +110,15 @@ def obtain(
     tell: Callable[[dict], None],
     should_stop: Callable[[], bool] | None = None,
 ) -> Answers:
-    """The answers of one model state: from before where nothing differs, else the model is loaded (and tuned) now."""
+    """The answers of one model state: from before where nothing differs, else the model is loaded (and tuned) now.
+
+    What an earlier attempt of this run has asked serves however old it is, also where answers of other runs do not.
+    """
     known = identity(asking, config)
     place = None if known is None else _folder(tracker.run_dir) / f"{PREFIX}{records.sha256_json(known)}"
-    found = read(place, config.cache_days) if config.cache and place is not None else None
+    mark = tracker.run_dir / "models" / asking.key / OWN
+    own = place is not None and mark.is_file() and mark.read_text() == place.name
+    found = read(place, None if own else config.cache_days) if place is not None and (config.cache or own) else None
     if found is not None and (gone := _lost_model(asking, found)):
         tracker.event(
             "answers", key=asking.key, came="asked again", why=f"the tuned model {gone!r} is not there any more"
@@ -120,6 +128,8 @@ def obtain(
         found = _ask(asking, config, tracker, tell, should_stop)
         if place is not None and all(fact["ok"] for fact in found.about["facts"]):
             write(place, found)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            records.write_atomic(mark, place.name)
     other = _other_latency(asking, found)
     tracker.event("answers", key=asking.key, came=found.came, **({"latency": other} if other else {}))
     if other:
@@ -182,13 +192,18 @@ def write(place: Path, answers: Answers) -> None:
         records.plain({"made": time.time(), "lines": answers.lines, "about": answers.about}),
     )
     shutil.rmtree(place, ignore_errors=True)
-    beside.replace(place)
+    try:
+        beside.replace(place)
+    except OSError:
+        if read(place) is None:  # else another run has just written the same
+            raise
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def clear(root: Path, older_than_days: float | None = None) -> int:
-    """Delete kept answers of comparisons under `root`; how many there were."""
-    gone = 0
-    for place in sorted((root / answer_cache.FOLDER).glob(f"{PREFIX}*")):
+    """Delete kept answers of comparisons under `root`, also of a write that was killed; how many there were."""
+    gone, folder = 0, root / answer_cache.FOLDER
+    for place in sorted([*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*")]):
         if older_than_days is None or time.time() - place.stat().st_mtime > older_than_days * DAY:
             shutil.rmtree(place) if place.is_dir() else place.unlink()
             gone += 1
@@ -208,6 +223,8 @@ def _ask(asking: Asking, config: ComparisonConfig, tracker: ExperimentTracker, t
     if asking.tuning is not None and asking.tuning.config.method == "full" and dtype == "auto":
         dtype = "float32"  # masters of the weights that are trained
     device = config.device or runtime.device()
+    if tuned is not None:
+        _check_saved(asking, folder, tuned, device)  # before another copy is loaded
 
     def load() -> models.LoadedModel:
         tell({"stage": "loading", "key": asking.key})
@@ -217,13 +234,16 @@ def _ask(asking: Asking, config: ComparisonConfig, tracker: ExperimentTracker, t
         with memory.peak() as preparing:  # loading and tuning; the checks of both are not what a user needs
             model = held.enter_context(memory.loaded(load)).model
             if asking.tuning is not None and tuned is None:
-                (folder / PARTIAL).unlink(missing_ok=True)  # answers of weights that a kill took along
+                for name in (PARTIAL, TRAINING):  # of weights that a kill or somebody took along
+                    (folder / name).unlink(missing_ok=True)
                 tuned = _tune(asking, model, folder, tell, should_stop)
                 if cut := tuned["record"]["truncated"]:
                     tracker.event("training_prompts_cut", key=asking.key, cut=cut, dialogues=len(asking.tuning.train))
-        if tuned is not None and asking.tuning.keep and not (folder / "training.json").exists():
-            tuned["facts"].append(_save(model, asking.prompts, folder, asking.tuning, tuned))
-            records.write_json(folder / "training.json", records.plain(tuned))
+        if tuned is not None and not (folder / TRAINING).exists():
+            tuned["memory"] = _peak(preparing, preparing)
+            if asking.tuning.keep:
+                _save(asking, model, folder, tuned)
+                _check_saved(asking, folder, tuned, device)
         with memory.peak() as answering:
             answers = _answer(asking, config, model, folder, tell, should_stop)
             performance = answers.about["performance"] | {"came": "measured", "device": runtime.device_name(device)}
@@ -241,7 +261,7 @@ def _ask(asking: Asking, config: ComparisonConfig, tracker: ExperimentTracker, t
             "facts": [*(tuned["facts"] if tuned is not None else ()), *checked],
             "model_dir": str((folder / "model").resolve()) if tuned is not None and asking.tuning.keep else None,
             "performance": performance,
-            "memory": {"weights_bytes": models.weight_bytes(model)} | _peak(preparing, answering),
+            "memory": {"weights_bytes": models.weight_bytes(model)} | _most(_peak(preparing, answering), tuned),
             "truncated": answers.about["truncated"],
         }
     (folder / PARTIAL).unlink(missing_ok=True)
@@ -254,6 +274,16 @@ def _peak(first: memory.MemoryMark, second: memory.MemoryMark) -> dict[str, Any]
         return {"peak_bytes": cuda, "kind": "cuda"}
     grown = max(first.resident_peak, second.resident_peak) - first.resident_before
     return {"peak_bytes": grown, "kind": "resident"}
+
+
+def _most(now: dict[str, Any], tuned: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What this attempt held, or the one that tuned the model where that is more; None bytes where it did not say."""
+    if tuned is None:
+        return now
+    if "memory" not in tuned:
+        return now | {"peak_bytes": None}
+    same = [one for one in (now, tuned["memory"]) if one["kind"] == now["kind"]]
+    return max(same, key=lambda one: one["peak_bytes"])
 
 
 def precision(model: Any) -> str:
@@ -269,8 +299,11 @@ def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell,
     """Every part in every kind; what an earlier attempt of this run has answered is taken over."""
     partial = folder / PARTIAL
     before: dict[tuple[str, int], dict] = {}
-    for line in records.read_lines(partial)[0] if partial.exists() else []:
+    spent: dict[tuple[str, str], float | None] = {}  # seconds of a part in a kind; None = a line does not say
+    for line in records.read_lines(partial)[0]:
         before.setdefault((line["part"], line["number"]), {}).update(records.restore(line["answer"]))
+        place = line["part"], "ranking" if "ranked" in line["answer"] else "writing"
+        spent[place] = None if spent.get(place, 0.0) is None else line.get("seconds")
     lines: dict[str, list[dict]] = {}
     scores: dict[str, np.ndarray | None] = {}
     speeds: dict[str, dict] = {}
@@ -292,19 +325,23 @@ def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell,
                     model, asking.prompts, asked[:WARM_UP], **options, should_stop=should_stop
                 ):
                     pass
-            clock = label_answers.Clock(kind, [len(asked_with[at].ids) for at in left], should_stop)
+            tokens, earlier = [len(prompt.ids) for prompt in asked_with], spent.get((part, kind), 0.0)
+            clock = label_answers.Clock(kind, [tokens[at] for at in left], should_stop)
             answers = label_answers.answered(model, asking.prompts, asked, **options, should_stop=clock.should_stop)
             for number, more in clock.running(answers):
                 at, done = left[number], done + 1
                 found[at] |= more
                 plain = more | ({"logprobs": more["logprobs"].tolist()} if "logprobs" in more else {})
-                records.append_line(partial, {"part": part, "number": at, "answer": records.plain(plain)})
+                seconds = None if earlier is None else earlier + clock.seconds
+                answer = {"part": part, "number": at, "answer": records.plain(plain), "seconds": seconds}
+                records.append_line(partial, answer)
                 tell(
                     {"stage": "answering", "key": asking.key, "part": part, "line": found[at], "number": at}
                     | {"done": done, "total": total}
                 )
-            if left and part == "test":
-                speeds[kind] = clock.speed().record()
+            if part == "test" and earlier is not None:
+                whole = label_answers.Speed(earlier + clock.seconds, len(rows), sum(tokens))
+                speeds[kind] = (clock.speed() if len(left) == len(rows) else whole).record()
         columns = [line.pop("logprobs", None) for line in found]
         scores[part] = None if columns[0] is None else np.asarray(columns, dtype=np.float32)
         lines[part] = found
@@ -313,7 +350,7 @@ def _answer(asking: Asking, config: ComparisonConfig, model, folder: Path, tell,
 
 def _finished_tuning(folder: Path) -> dict[str, Any] | None:
     """{record, facts} of a tuning that an earlier attempt of this run has finished, its model whole beside it."""
-    record = folder / "training.json"
+    record = folder / TRAINING
     return records.read_json(record) if record.is_file() and (folder / "model").is_dir() else None
 
 
@@ -364,17 +401,37 @@ def _tune(asking: Asking, model, folder: Path, tell, should_stop) -> dict[str, A
     return {"record": record, "facts": [fact.as_dict() for fact in checked]}
 
 
-def _save(model, prompts: Prompts, folder: Path, tuning: Tuning, tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """Save the tuned model with its prompts, then see whether what was saved computes the same."""
-    place, first = folder / "model", tuning.train[0]
-    row = prompts.row(first.text, first.labels[0])
+def _save(asking: Asking, model, folder: Path, tuned: dict[str, Any]) -> None:
+    """Save the tuned model with its prompts, and what it computes."""
+    from safetensors.torch import save
+
+    place, prompts = folder / "model", asking.prompts
     shutil.rmtree(place, ignore_errors=True)
-    before = facts.logits(model, [row])
+    records.write_atomic(folder / UNCHECKED, save({"logits": facts.logits(model, [_checked_row(asking)])}))
     models.save_model(model, prompts.tokenizer, place)
     prompts.save(place)
-    records.write_json(folder / "training.json", records.plain(tuned))  # from here on a kill loses no tuning
+    tuned["allowed"] = facts.tolerance(model)
+    records.write_json(folder / TRAINING, records.plain(tuned))  # from here on a kill loses no tuning
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    device = str(next(model.parameters()).device)
-    says, allowed = "what was saved computes the same", facts.tolerance(model)
-    fact = facts.saved_logits_are_the_same("saved_model_is_the_same", says, place, row, before, device, allowed)
-    return fact.as_dict()
+
+
+def _checked_row(asking: Asking) -> dict[str, Any]:
+    first = asking.tuning.train[0]
+    return asking.prompts.row(first.text, first.labels[0])
+
+
+def _check_saved(asking: Asking, folder: Path, tuned: dict[str, Any], device: str) -> None:
+    """See whether what was saved computes the same, unless that was seen: an attempt may have died over it."""
+    from safetensors.torch import load_file
+
+    name, says = "saved_model_is_the_same", "what was saved computes the same"
+    if any(fact["name"] == name for fact in tuned["facts"]):
+        return
+    if (folder / UNCHECKED).is_file():
+        row, before = _checked_row(asking), load_file(folder / UNCHECKED)["logits"]
+        fact = facts.saved_logits_are_the_same(name, says, folder / "model", row, before, device, tuned["allowed"])
+    else:
+        fact = facts.Fact(name, False, says, "it was not checked when it was saved: tune it in a new run")
+    tuned["facts"].append(fact.as_dict())
+    records.write_json(folder / TRAINING, records.plain(tuned))
+    (folder / UNCHECKED).unlink(missing_ok=True)

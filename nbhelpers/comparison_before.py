@@ -120,14 +120,6 @@ def remarks(data: Dialogues, split: Split, config: ComparisonConfig) -> list[str
 # the models -----------------------------------------------------------------------------------------------------------
 
 
-def known(name: str) -> catalogue.Entry | None:
-    """The catalogue's entry of a name or hub id; None for one that it does not have."""
-    try:
-        return catalogue.entry(name)
-    except LookupError:
-        return None
-
-
 def needs(config: ComparisonConfig) -> list[dict[str, Any]]:
     """What each model would take: bytes of its heaviest job, download, licence and gate; None where not known here."""
     free, wide = memory.available_bytes(), (config.device or runtime.device()) == "cpu"
@@ -137,15 +129,14 @@ def needs(config: ComparisonConfig) -> list[dict[str, Any]]:
         chosen = [(model, "answers, tuning") for model, _ in chosen]
     rows = []
     for model, job in [*chosen, *((model, "answers, tuning") for model in tuned)]:
-        entry, shape = known(model.name), _shape(model.name)
+        entry, shape = catalogue.known(model.name), _shape(model.name)
         need = None
         if shape is not None:
             window = config.window or min(_positions(model.name) or 2048, 2048)
-            kind, tokens = _job(config, model, "tuning" in job), window * (config.batch_size if "tuning" in job else 1)
-            size = 4 if wide else 2
-            need = estimates.required_bytes(
-                shape, kind, tokens=tokens, rank=model.lora_rank or config.lora_rank, weight_bytes=size
-            )
+            kind, at_once = _job(config, model, "tuning" in job), config.micro_batch_size or config.batch_size
+            tokens = window * (at_once if "tuning" in job else 1)
+            rank, size = model.lora_rank or config.lora_rank, 4 if wide else 2
+            need = estimates.required_bytes(shape, kind, tokens=tokens, rank=rank, weight_bytes=size)
         hub = models.locate(model.name)[0] == "hub"
         rows.append(
             {
@@ -182,7 +173,7 @@ def _shape(name: str) -> estimates.Shape | None:
     """A model counted without its weights; None for one on the hub that the catalogue does not have."""
     if models.locate(name)[0] != "hub":
         return estimates.shape_of(models.load_config(name))
-    entry = known(name)
+    entry = catalogue.known(name)
     return None if entry is None else entry.shape
 
 
@@ -190,7 +181,7 @@ def _shape(name: str) -> estimates.Shape | None:
 def _positions(name: str) -> int | None:
     if models.locate(name)[0] != "hub":
         return models.max_positions(models.load_config(name))
-    entry = known(name)
+    entry = catalogue.known(name)
     return None if entry is None else models.max_positions(SimpleNamespace(**entry.config))
 
 
@@ -255,18 +246,19 @@ class _Pace:
         self.kernels = durations.OPERATIONS_A_LAYER * shape.layers * speed.kernel_seconds
         self.loading = 0.3 + shape.parameters * dtype.itemsize / durations.LOADING_BYTES_PER_SECOND
         self.read = min(window, _tokens(name, data) * (1 + config.shots)) * self.token
+        self.taught = mean(len(row.labels) for row in data.rows)  # rows that a dialogue makes in training
         labels = len(data.labels) * LABEL_TOKENS * self.token
         ranking = self.read + labels + self.kernels
         writing = self.read + config.new_tokens * self.kernels / durations.TOGETHER
         self.answer = (config.answers != "writing") * ranking + (config.answers != "ranking") * writing
         self.alone = ranking if config.answers == "ranking" else self.read + config.new_tokens * self.kernels
 
-    def tuning(self, rows: int, validation: int) -> float:
-        """Seconds of a tuning and its validations. Adapters need no gradient of the other weights."""
-        config = self.config
+    def tuning(self, rows: float, validation: int) -> float:
+        """Seconds of a tuning on so many dialogues, and its validations. Adapters need no gradient of other weights."""
+        config, rows = self.config, rows * self.taught
         times = 1 + (durations.BACKWARD if config.method == "full" else durations.BACKWARD / 2)
         steps = -(-rows * config.epochs // config.batch_size)
-        validations = (config.epochs + 1) * min(validation, 64) * self.read
+        validations = (config.epochs + 1) * min(validation, 64) * self.taught * self.read
         return (
             rows * config.epochs * self.read * (times + config.gradient_checkpointing)
             + steps * 3 * self.kernels

@@ -159,6 +159,10 @@ class ComparisonConfig(StrictConfig):
                 names[model.short] = model.name
         tuned = self.slm_models if self.experiment != "baseline" else ()
         tuned += self.llm_models if self.fine_tune_llms and self.experiment != "training" else ()
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size must be at most batch_size {self.batch_size}, got {self.micro_batch_size}"
+            )
         eight = next((model.name for model in tuned if model.load_in_8bit), None)
         if eight is not None:
             raise ValueError(f"{eight}: 8-bit weights cannot be fine-tuned; use load_in_4bit, or none")
@@ -181,6 +185,11 @@ class ComparisonConfig(StrictConfig):
     def pairs(self) -> int:
         """Pairs of a large and a small model, over which the verdict corrects its tests; at least 1."""
         return max(1, len(self.sides["LLM"]) * len(self.sides["SLM"]))
+
+    @property
+    def headline(self) -> str:
+        """The measure of the verdict: of rankings where labels are ranked, which is the kindest to an untuned model."""
+        return "exact_match_accuracy" if self.answers == "writing" else "top_1_accuracy"
 
     @property
     def tunes(self) -> bool:

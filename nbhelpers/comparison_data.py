@@ -39,11 +39,6 @@ class ComparisonData:
         return KINDS if self.config.answers == "both" else (self.config.answers,)
 
     @property
-    def headline(self) -> str:
-        """The measure of the verdict: of rankings where labels are ranked, which is the kindest to an untuned model."""
-        return "exact_match_accuracy" if self.config.answers == "writing" else "top_1_accuracy"
-
-    @property
     def tunes(self) -> bool:
         """Whether any model is tuned."""
         return self.config.tunes
@@ -102,7 +97,7 @@ def licences(config: ComparisonConfig) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for model in (model for members in config.sides.values() for model in members):
-        source, known = models.locate(model.name)[0], _known(model.name)
+        source, known = models.locate(model.name)[0], catalogue.known(model.name)
         if source != "hub":
             found[model.name] = {"licence": "mit" if source == "bundled" else "unknown", "gated": False}
         else:
@@ -110,19 +105,12 @@ def licences(config: ComparisonConfig) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _known(name: str) -> catalogue.Entry | None:
-    try:
-        return catalogue.entry(name)
-    except LookupError:
-        return None
-
-
 def _can_be_read(name: str) -> None:
     """ValueError for a model whose config cannot be read; of a gated one without a token it names what is open."""
     try:
         models.load_config(name)
     except ValueError as error:
-        source, known = models.locate(name)[0], _known(name)
+        source, known = models.locate(name)[0], catalogue.known(name)
         gated = known.gated is not False if known else "gated" in str(error).lower()
         if source != "hub" or not gated or catalogue.token_state() == "present":
             raise

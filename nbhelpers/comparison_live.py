@@ -76,10 +76,6 @@ class Live:
         self.curves: dict[str, dict[str, Any]] = {}  # the tuning at work alone
         self._drawn: dict[str, Any] = {}  # figure -> what it showed
 
-    @property
-    def headline(self) -> str:
-        return "exact_match_accuracy" if self.config.answers == "writing" else "top_1_accuracy"
-
     def hear(self, now: Mapping[str, Any]) -> None:
         """One report of the run's progress."""
         stage, key = now["stage"], now.get("key", "")
@@ -149,9 +145,9 @@ class Live:
             accuracy = state["right"] / state["asked"] if state.get("asked") else None
             if accuracy is not None:
                 low, high = coding_metrics.exact_interval(state["right"], state["asked"])
-                ends = {self.headline: {"low": low, "high": high}}
-            found[key] = entry | {self.headline: accuracy, "intervals": ends}
-        return {"models": found, "headline": self.headline, "data": {"generated": self.generated}}
+                ends = {self.config.headline: {"low": low, "high": high}}
+            found[key] = entry | {self.config.headline: accuracy, "intervals": ends}
+        return {"models": found, "headline": self.config.headline, "data": {"generated": self.generated}}
 
     def figures(self) -> dict[str, plots.Figure]:
         """Accuracy so far, and the tuning at work: those that show something new, since drawing takes time."""

@@ -49,7 +49,7 @@ def rates(made: ComparisonData, tell: Callable[..., None], should_stop: Stop = N
 def _timed(
     made: ComparisonData, model: ModelInstanceConfig, tunes: bool, should_stop: Stop
 ) -> tuple[float, float, float]:
-    """Seconds of loading, of a row answered in every kind, and of a training row."""
+    """Seconds of loading, of a row answered in every kind, and of a training row with all its labels."""
     started, prompts = time.perf_counter(), made.prompts(model)
 
     def load() -> models.LoadedModel:
@@ -81,6 +81,7 @@ def _timed(
             if tuned.status == "stopped":
                 raise Interrupted("stopped while rates were measured")
             taught = (moments[-1] - moments[0]) / (len(moments) - 1) / settings.batch_size
+            taught *= sum(len(row.labels) for row in made.train) / len(made.train)  # each label of a dialogue is taught
     return loading, row, taught
 
 

@@ -7,7 +7,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbhelpers import break_even, coding_metrics, costs, ensemble, generated, models, routing, runtime, verdicts
+from nbhelpers import (
+    break_even,
+    coding_metrics,
+    costs,
+    ensemble,
+    generated,
+    label_answers,
+    models,
+    routing,
+    runtime,
+    verdicts,
+)
 from nbhelpers.comparison_answers import Answers
 from nbhelpers.comparison_data import ComparisonData
 
@@ -43,9 +54,9 @@ def result(
     combined = _ensemble(on, answered)
     answers = dict(answered) | ({combined["key"]: combined["answers"]} if combined else {})
     entries = {key: entry(key, one, on, counts) for key, one in answers.items()}
-    outcomes = {key: right(one, on.headline) for key, one in answers.items()}
+    outcomes = {key: right(one, on.config.headline) for key, one in answers.items()}
     sides = _sides(outcomes)
-    options = {"measure": on.headline, "seed": on.config.seed}
+    options = {"measure": on.config.headline, "seed": on.config.seed}
     verdict = verdicts.decide(sides["large"], sides["small"], sides["baselines"], sides["zero_shot"], **options)
     facts = [fact | {"model": key} for key, one in answers.items() for fact in one.about.get("facts", [])]
     facts += _own_facts(on)
@@ -54,7 +65,7 @@ def result(
         "experiment": on.config.experiment,
         "verdict": verdict["text"] if on.config.experiment == "full" else _one_side(on, entries),
         "answer": verdict,
-        "headline": on.headline,
+        "headline": on.config.headline,
         "data": _data(on, counts),
         "protocol": _protocol(on),
         "models": entries,
@@ -94,7 +105,7 @@ def entry(key: str, answers: Answers, on: ComparisonData, counts: Mapping[str, i
         "precision": about.get("precision"),
         "training_metrics": about.get("training"),
         **coding_metrics.measure(answers.lines["test"], kind=on.data.kind, train_counts=counts, seed=on.config.seed),
-        "performance": _performance(about.get("performance"), on.headline),
+        "performance": _performance(about.get("performance"), on.config.headline),
         "memory": about.get("memory"),
         "truncated": about.get("truncated", {}).get("test"),
         "facts": about.get("facts", []),
@@ -112,11 +123,11 @@ def _size(parameters: int) -> str:
 
 
 def _performance(found: Mapping[str, Any] | None, headline: str) -> dict[str, Any] | None:
-    """Speed of what the headline measures, beside that of each kind of answer."""
-    if not found or not found["kinds"]:
+    """Speed of what the headline measures, None where it is not known, beside that of each kind of answer."""
+    if not found or not (found["kinds"] or found.get("latency")):
         return None
     first = "writing" if headline == "exact_match_accuracy" else "ranking"
-    speed = found["kinds"].get(first) or next(iter(found["kinds"].values()))
+    speed = found["kinds"].get(first) or label_answers.NOT_TIMED
     came = {name: found.get(name) for name in ("came", "device", "latency")}
     return {**speed, **came, "kinds": found["kinds"]}
 
@@ -137,11 +148,11 @@ def _one_side(on: ComparisonData, entries: Mapping[str, Mapping[str, Any]]) -> s
     """One sentence where only one side was evaluated, so that there is nothing to decide."""
     side = {"baseline": "LLM", "training": "SLM"}[on.config.experiment]
     keys = [key for key in entries if key.startswith(side)]
-    key = max(keys, key=lambda key: entries[key][on.headline])
+    key = max(keys, key=lambda key: entries[key][on.config.headline])
     found = entries[key]
-    bounds = found["intervals"][on.headline]
+    bounds = found["intervals"][on.config.headline]
     return (
-        f"{verdicts.name(key)} is right on {found[on.headline]:.1%} of {found['n_samples']} documents "
+        f"{verdicts.name(key)} is right on {found[on.config.headline]:.1%} of {found['n_samples']} documents "
         f"[{bounds['low']:.1%}, {bounds['high']:.1%}]; the other side was not evaluated, so nothing is decided."
     )
 
@@ -207,7 +218,7 @@ def _costs(
     own = {key: one for key, one in entries.items() if one["model_type"] in ("LLM", "SLM")}
     return costs.table(
         own,
-        headline=on.headline,
+        headline=on.config.headline,
         device=runtime.device_name(on.config.device or runtime.device()),
         price_per_gpu_hour=on.config.price_per_hour,
         phases=phases,
@@ -221,7 +232,7 @@ def _ensemble(on: ComparisonData, answered: Mapping[str, Answers]) -> dict[str, 
     best = []
     for side, ending in (("LLM_", "_untrained"), ("SLM_", "_finetuned")):
         keys = [key for key in answered if key.startswith(side) and key.endswith(ending)]
-        best.append(max(keys, key=lambda key: sum(right(answered[key], on.headline, "validation"))))
+        best.append(max(keys, key=lambda key: sum(right(answered[key], on.config.headline, "validation"))))
     large, small = (answered[key] for key in best)
     labels = list(on.data.labels)
     gold = [[labels.index(label) for label in row.labels if label in labels] for row in on.validation]

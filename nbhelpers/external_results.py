@@ -205,11 +205,12 @@ def _words(row: Mapping[str, Any]) -> str:
 
 
 def counts(found: Mapping[str, Any]) -> dict[str, int]:
-    """{matched, outside, not_measured, ours_alone, theirs_alone}."""
+    """{matched, outside, not_measured, ours_alone, theirs_alone}; outside and not_measured are cells of ours, each
+    counted once: several of their lines may be of one."""
     return {
         "matched": len(found["rows"]),
-        "outside": sum(row["outside"] is True for row in found["rows"]),
-        "not_measured": sum(row["ours"] is None for row in found["rows"]),
+        "outside": len({row["row"] for row in found["rows"] if row["outside"] is True}),
+        "not_measured": len({row["row"] for row in found["rows"] if row["ours"] is None}),
         "ours_alone": len(found["ours_alone"]),
         "theirs_alone": len(found["theirs_alone"]),
     }

@@ -223,6 +223,8 @@ class FineTuningExperiment(StagedExperiment):
             _same_tokens(tokenizer, models.load_tokenizer(config.control), config)
         corpus = tasks.load_corpus(config.data)
         rows = {part: data.rows(tokenizer, getattr(corpus, part), window) for part in ("train", "validation", "test")}
+        if config.is_masked:
+            mask_choice.check_rows(config, len(rows["train"]))
         return tokenizer, corpus, window, rows
 
     def _run(self, tokenizer, corpus: data.Corpus, window: int, rows: dict[str, list[dict]]) -> dict:

@@ -72,7 +72,7 @@ def evaluation() -> JobKind:
             "adapter": config.adapter and _model_files(config.adapter),
             "data": config.data and _text_file(config.data),
             "shots_data": config.shots_data and _text_file(config.shots_data),
-            "masks": config.masks and _text_file(config.masks),
+            "masks": config.masks and _mask_files(config.masks),
         },
         similar=lambda config: [config[name] for name in ("model", "task", "data", "shots", "limit", "quantization")],
         columns=evaluation_columns,
@@ -189,9 +189,16 @@ def _resolved_sparsity(config) -> dict[str, Any]:
     values = config.model_dump(exclude={"name", "micro_batch_size", "checkpoint_every", "keep_model"})
     if config.is_dense:  # no weight goes, so nothing of how it would be chosen matters
         values |= dict.fromkeys(("pattern", "importance", "scope", "dimension", "mode", "calibration_rows"))
+    elif config.pattern == "nm":
+        values["scope"] = _any_scope(config)
     if config.tuning == "none":
         values |= dict.fromkeys(("steps", "learning_rate", "batch_size", "lora_rank", "lora_alpha", "validations"))
     return values
+
+
+def _any_scope(config) -> str:
+    """Of pattern nm, which compares weights within its groups whatever the scope says."""
+    return type(config).model_fields["scope"].default
 
 
 def sparsity_columns(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,6 +241,8 @@ def _resolved_fine_tuning(config) -> dict[str, Any]:
             values[name] = None
     if config.is_masked:
         values["sparsity"] = config.share
+        if config.masks is None and config.pattern == "nm":
+            values["scope"] = _any_scope(config)
     return values
 
 

@@ -25,11 +25,15 @@ CHECKED_CHOICES = 8  # labels of a prompt that are scored a second time, each al
 KINDS = ("ranking", "writing")
 
 
+NOT_TIMED = dict.fromkeys(("seconds_per_dialogue", "dialogues_per_second", "prompt_tokens_per_second", "spread"))
+
+
 @dataclass(frozen=True)
 class Speed:
     """seconds: of answering `dialogues` in batches; prompt_tokens: real tokens read, padding excluded.
 
-    parts: (seconds, prompt tokens) of each part that was timed; what was prepared for all of them is in none.
+    parts: (seconds, prompt tokens) of each part that was timed; what was prepared for all of them is in none. There are
+    none where a run was stopped and went on: what was left is not like the rest.
     """
 
     seconds: float

@@ -183,6 +183,16 @@ class Ledger:
             if note["event"] == "ended" and note.get("status") == "finished" and note.get("host") == platform.node()
         }
 
+    def signs(self, jobs: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+        """Lock and heartbeat of those of these jobs that another host has: whether its process lives, only its next
+        sign of life tells. A lease of a dead process of this host is free at once."""
+        found = {}
+        for job in filter(self._leased, jobs):
+            signs = [read_owner(self.folder / "leases" / job / name) for name in ("lock", "heartbeat.json")]
+            if signs[0].get("host") != platform.node():
+                found[job] = signs
+        return found
+
     # writing
 
     @contextlib.contextmanager
@@ -204,8 +214,14 @@ class Ledger:
         finally:
             stop.set()
             thread.join(timeout=BEAT_SECONDS)
-            (folder / "heartbeat.json").unlink(missing_ok=True)
+            if lock.is_ours():  # else both are of the process that took it over
+                (folder / "heartbeat.json").unlink(missing_ok=True)
             lock.release()
+
+    def holds(self, job: str) -> bool:
+        """Whether this process has the lease of a job: not after a sleep through which another one took it over."""
+        owner, me = read_owner(self.folder / "leases" / job / "lock"), this_process()
+        return all(owner.get(name) == me[name] for name in ("host", "pid", "process_start"))
 
     def next_run_dir(self, job: str, resumes: bool = False) -> tuple[int, Path, bool]:
         """(number, run directory, whether it is gone on in) of the next try; results of earlier ones stay.

@@ -64,6 +64,14 @@ def check_fields(config: Any) -> None:
         raise ValueError(f"dimension is of pattern 'structured', got {config.dimension!r} with {pattern!r}")
 
 
+def check_rows(config: Any, rows: int) -> None:
+    """ValueError where weights would be scored on fewer rows than asked for; `rows`: how many there are."""
+    if importance.needs_data(config.importance) and rows < config.calibration_rows:
+        raise ValueError(
+            f"calibration_rows must be at most the {rows} training rows there are, got {config.calibration_rows}"
+        )
+
+
 @dataclass(frozen=True)
 class Choice:
     """A mask and how it came about. level: the sparsity that was asked for; facts: of its counts, where somebody asked
@@ -98,7 +106,7 @@ def choose(
         sparsity,
         rows,
         folder=folder,
-        model_files=models.files_fingerprint(config.model),
+        model_files=mask_sets.model_files(config.model),
         should_stop=should_stop,
     )
     record = found.record() | {"importance": config.importance} | coverage(model, found.alone)

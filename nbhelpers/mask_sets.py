@@ -82,19 +82,19 @@ class Chosen:
         """Exactly as many weights (rows, channels) go as were asked for, counted on the mask itself."""
         counted = _groups(self, model)
         if self.wanted.scope == "global":  # what counts is exact in all of them together
-            counted = {"all": tuple(map(sum, zip(*counted.values(), strict=True)))}
-        wrong = [
-            n for n, (gone, whole, of) in counted.items() if gone != masks.count(self.sparsity, of) or gone != whole
-        ]
+            gone, whole, of, _ = map(sum, zip(*counted.values(), strict=True))
+            counted = {"all": (gone, whole, of, 1)}
+        wanted = {name: masks.count(self.sparsity, of) for name, (_, _, of, _) in counted.items()}
+        wrong = [name for name, (gone, whole, *_) in counted.items() if gone != wanted[name] or gone != whole]
         wrong += _torn_channels(self, model)
-        gone = sum(gone for gone, _, _ in counted.values())
-        asked = sum(masks.count(self.sparsity, of) for _, _, of in counted.values())
+        gone = sum(gone * times for gone, _, _, times in counted.values())
+        asked = sum(wanted[name] * times for name, (*_, times) in counted.items())
+        total = sum(of * times for _, _, of, times in counted.values())
         return Fact(
             "mask_leaves_out_as_many_as_asked",
             not wrong and bool(counted),
             "the mask leaves out exactly as many as the sparsity says",
-            f"{gone:,} of {sum(of for _, _, of in counted.values()):,} {self._unit}, asked {asked:,}"
-            + (f", wrong in {wrong[0]}" if wrong else ""),
+            f"{gone:,} of {total:,} {self._unit}, asked {asked:,}" + (f", wrong in {wrong[0]}" if wrong else ""),
             {"gone": gone, "asked": asked, "unit": self._unit, "wrong": wrong[:3]},
         )
 
@@ -207,10 +207,10 @@ def _together(wanted: Wanted, sparsity: float, others: Iterable[float]) -> list[
     return next(found for found in in_sets(wanted.pattern, [sparsity, *others]) if float(sparsity) in found)
 
 
-def _groups(found: Chosen, model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """By what counts are exact in: (groups of which something goes, that go as a whole, of so many). A group is a
-    weight, or of pattern structured a row, column or channel."""
-    counted: dict[str, tuple[int, int, int]] = {}
+def _groups(found: Chosen, model: nn.Module) -> dict[str, tuple[int, int, int, int]]:
+    """By what counts are exact in: (groups of which something goes, that go as a whole, of so many, how often that is
+    there). A group is a weight, or of pattern structured a row, column or channel."""
+    counted: dict[str, tuple[int, int, int, int]] = {}
     structured = found.wanted.pattern == "structured"
     reads = _columns(found.wanted, model)
     for one in projections(model, accept_low_coverage=True).covered:
@@ -221,15 +221,15 @@ def _groups(found: Chosen, model: nn.Module) -> dict[str, tuple[int, int, int]]:
             name = f"{one.name}[{number}]" if gone.ndim == 3 and structured else one.name
             if structured:
                 matrix = matrix.t() if reads[one.name] else matrix
-                counted[name] = (int(matrix.any(1).sum()), int(matrix.all(1).sum()), len(matrix))
+                counted[name] = (int(matrix.any(1).sum()), int(matrix.all(1).sum()), len(matrix), 1)
             elif found.wanted.scope in ("row", SCOPES["nm"][0]):  # each row, or each group of M along the inputs
                 together = GROUP if found.wanted.pattern == "nm" else matrix.shape[-1]
                 counts, of = matrix.reshape(-1, together).sum(1).unique(return_counts=True)
                 for count, times in zip(counts.tolist(), of.tolist(), strict=True):
-                    counted[f"{name}, {times} of {together} losing {count}"] = (count, count, together)
+                    counted[f"{name}, {times} of {together} losing {count}"] = (count, count, together, times)
             else:
                 total = int(matrix.sum())
-                counted[name] = (total, total, matrix.numel())
+                counted[name] = (total, total, matrix.numel(), 1)
     return counted
 
 
@@ -256,17 +256,25 @@ def _experts(matrix: torch.Tensor) -> torch.Tensor:
 
 def load_for(path: Path, name: str, model: nn.Module, *, any_weights: bool = False) -> mask_files.MaskFile:
     """Masks out of a file for the model of this name, just loaded. ValueError where they were made for other weights:
-    by the model's files where both are known, so that its number format does not matter, else by its weights."""
+    by the model's files where both are known, so that its number format does not matter, or by its weights."""
     found = mask_files.load(path, model, same_weights=False)
-    wanted, here = found.header.get("model_files"), models.files_fingerprint(name)
-    if any_weights or (wanted is not None and here is not None and records.sha256_json(here) == wanted):
+    wanted, here = found.header.get("model_files"), model_files(name)
+    if any_weights or (None not in (wanted, here) and records.sha256_json(here) == wanted):
         return found
-    if wanted is not None and here is not None:
-        raise ValueError(
-            f"mask file '{path}' is for a model with other files than {name!r}: name the model that it was made of "
-            f"({found.header.get('model')!r}), or say any weights (--any-weights)"
-        )
-    return mask_files.load(path, model)
+    weights = found.header["model_fingerprint"]
+    if models.fingerprint(model) == weights or (weights is None and None in (wanted, here)):
+        return found
+    other = "weights" if None in (wanted, here) else "files"
+    raise ValueError(
+        f"mask file '{path}' is for a model with other {other} than {name!r}: name the model that it was made of "
+        f"({found.header.get('model')!r}), or mask this one all the same with nbhelpers masks apply --any-weights"
+    )
+
+
+def model_files(name: str) -> dict[str, str] | str | None:
+    """What tells the weights of this model from others where it was just loaded, without reading them: sha256 of its
+    files, or of a hub id its commit."""
+    return models.files_fingerprint(name) or models.hub_commit(name)
 
 
 def _columns(wanted: Wanted, model: nn.Module) -> dict[str, bool]:

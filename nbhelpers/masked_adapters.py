@@ -138,7 +138,7 @@ class MaskedDelta(LoraVariant):
             raise ValueError(
                 "merging rounds 8- and 4-bit weights anew: dequantise the model first, or keep the adapters"
             )
-        module.kept_base = base_parameter(module).data  # PEFT works on a copy
+        module.kept_base = base_parameter(module).data.cpu()  # PEFT works on a copy
         return merged_weight(module)
 
     @staticmethod

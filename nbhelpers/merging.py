@@ -35,28 +35,31 @@ def merge(
         raise ValueError(
             f"{str(folder)!r} belongs on 8-bit weights, which cannot be merged: tune it in 4 bits or whole"
         )
-    tuned = models.load_model(str(folder), device=device, dtype="stored")
-    row = _row(tuned.tokenizer) if row is None else row
-    before = facts.logits(tuned.model, [row])
-    whole = models.load_model(tuned.model.nbhelpers_loaded["model"], device=device, dtype="stored").model
-    with torch.no_grad():
-        for name, weight, linear in _weights(tuned.model):
-            _write(whole, name, weight, linear)
-    if is_supported(whole) and (closed := attention.closed_heads(tuned.model)):
-        attention.close_heads(whole, closed)
-    allowed = max(facts.tolerance(tuned.model), facts.tolerance(whole))
-    memory.release(tuned.model)
-    models.save_model(whole, tuned.tokenizer, out)
-    found = {
-        "folder": str(folder),
-        "model_dir": str(out),
-        "base": adapters_below["model"],
-        "parameters": models.parameters(whole),
-        "dtype": str(next(whole.parameters()).dtype).removeprefix("torch."),
-        "bytes": sum(path.stat().st_size for path in Path(out).glob("*.safetensors")),
-    }
-    where = str(next(whole.parameters()).device)
-    memory.release(whole)
+
+    def load(name: str) -> models.LoadedModel:
+        return models.load_model(name, device=device, dtype="stored")
+
+    with memory.loaded(lambda: load(str(folder))) as tuned:
+        row = _row(tuned.tokenizer) if row is None else row
+        before = facts.logits(tuned.model, [row])
+        with memory.loaded(lambda: load(tuned.model.nbhelpers_loaded["model"]).model) as whole:
+            with torch.no_grad():
+                for name, weight, linear in _weights(tuned.model):
+                    _write(whole, name, weight, linear)
+            if is_supported(whole) and (closed := attention.closed_heads(tuned.model)):
+                attention.close_heads(whole, closed)
+            allowed = max(facts.tolerance(tuned.model), facts.tolerance(whole))
+            memory.release(tuned.model)
+            models.save_model(whole, tuned.tokenizer, out)
+            found = {
+                "folder": str(folder),
+                "model_dir": str(out),
+                "base": adapters_below["model"],
+                "parameters": models.parameters(whole),
+                "dtype": str(next(whole.parameters()).dtype).removeprefix("torch."),
+                "bytes": sum(path.stat().st_size for path in Path(out).glob("*.safetensors")),
+            }
+            where = str(next(whole.parameters()).device)
     name, says = "merged_model_computes_the_same", "the merged folder gives the logits of the model that was tuned"
     fact = facts.saved_logits_are_the_same(name, says, out, row, before, where, allowed)
     return found | {"facts": [fact.as_dict()], "all_facts_hold": fact.ok}

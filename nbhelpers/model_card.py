@@ -37,22 +37,6 @@ TASKS = {"icd10": "ICD-10-CM code of a doctor-patient dialogue", "labels": "labe
 LIBRARIES = ("torch", "transformers", "peft", "nbhelpers")
 
 
-def winner(result: Mapping[str, Any]) -> str:
-    """The key of the fine-tuned small model with the best headline measure; the smaller one of equals.
-
-    ValueError where no small model was fine-tuned and measured.
-    """
-    measure, found = result["headline"], result["models"]
-    tuned = [
-        key
-        for key, entry in found.items()
-        if (entry["model_type"], entry["training_status"]) == ("SLM", "finetuned") and entry.get(measure) is not None
-    ]
-    if not tuned:
-        raise ValueError(f"no fine-tuned small model has a {measure}: run the comparison with slm_models and training")
-    return min(tuned, key=lambda key: (-found[key][measure], found[key].get("parameters") or float("inf"), key))
-
-
 def write(
     result: Mapping[str, Any],
     manifest: Mapping[str, Any],
@@ -60,17 +44,20 @@ def write(
     folder: Path,
     *,
     prompt: str,
+    new_tokens: int,
     special_tokens: bool = True,
     end: int | None = None,
 ) -> Path:
     """Write README.md beside the saved model of `key`, and return its path.
 
     prompt: the whole prompt as a text with {dialogue} where the dialogue goes, `Prompts.text("{dialogue}")`.
-    special_tokens: whether the tokenizer begins it with its own (not where a chat template has written them). end:
-    the token that ends an answer. LookupError for an unknown key; ValueError for a model that was not tuned, a prompt
-    without {dialogue} and a folder without a model.
+    new_tokens: most tokens that an answer was given, `Prompts.room`. special_tokens: whether the prompt is the plain
+    form, which the tokenizer begins with its own and whose answer ends with its line (not where a chat template has
+    written them). end: the token that ends an answer. LookupError for an unknown key; ValueError for a model that was
+    not tuned, a prompt without {dialogue} and a folder without a model.
     """
-    card = text(result, manifest, key, Path(folder), prompt=prompt, special_tokens=special_tokens, end=end)
+    how = {"prompt": prompt, "new_tokens": new_tokens, "special_tokens": special_tokens, "end": end}
+    card = text(result, manifest, key, Path(folder), **how)
     path = Path(folder) / NAME
     records.write_atomic(path, card)
     return path
@@ -83,6 +70,7 @@ def text(
     folder: Path,
     *,
     prompt: str,
+    new_tokens: int,
     special_tokens: bool = True,
     end: int | None = None,
 ) -> str:
@@ -107,7 +95,7 @@ def text(
         *_trained(entry),
         *_data(result, manifest),
         *_results(result, key),
-        *_use(result, manifest, prompt, special_tokens, end, adapted),
+        *_use(result, prompt, new_tokens, special_tokens, end, adapted),
         *_limits(result, manifest, key, base),
     ]
     header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, default_flow_style=False, width=1000)
@@ -122,8 +110,10 @@ def base_model(manifest: Mapping[str, Any], entry: Mapping[str, Any], key: str) 
         for side in ("slm_models", "llm_models")
         for model in config.get(side) or ()
     ]
-    short = key.split("_", 1)[1].removesuffix("_finetuned")
-    name = next((name for name in named if records.slug(Path(name.rstrip("/")).name) == short), entry["model"])
+    name = entry["model"]
+    if name not in named:  # older results hold the short name alone
+        short = key.split("_", 1)[1].removesuffix("_finetuned")
+        name = next((one for one in named if records.slug(Path(one.rstrip("/")).name) == short), name)
     return name if _is_hub_id(name) or name in models.bundled_names() else Path(name).name
 
 
@@ -131,7 +121,7 @@ def front_matter(result: Mapping[str, Any], key: str, base: str, adapted: bool =
     """The card's YAML: licence, base model, tags and the measures as the hub reads them."""
     entry, data = result["models"][key], result["data"]
     found: dict[str, Any] = {"library_name": "peft" if adapted else "transformers", "pipeline_tag": "text-generation"}
-    known = _in_catalogue(base)
+    known = catalogue.known(base)
     licence = _licence(base)
     simple = licence is not None and re.fullmatch(r"[a-z0-9.-]+", licence)
     found["license"] = "unknown" if licence is None else licence if simple else "other"
@@ -253,12 +243,7 @@ def _paired(result: Mapping[str, Any], key: str) -> str:
 
 
 def _use(
-    result: Mapping[str, Any],
-    manifest: Mapping[str, Any],
-    prompt: str,
-    special_tokens: bool,
-    end: int | None,
-    adapted: bool,
+    result: Mapping[str, Any], prompt: str, new_tokens: int, special_tokens: bool, end: int | None, adapted: bool
 ) -> list[str]:
     shots = (result.get("protocol") or {}).get("shots") or 0
     if shots:
@@ -283,16 +268,17 @@ def _use(
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             "model = AutoModelForCausalLM.from_pretrained(folder).eval()",
         ]
-    most = (manifest.get("config") or {}).get("new_tokens") or 16
     stop = "" if end is None else f", eos_token_id={int(end)}"
+    line = ".split('\\n')[0]" if special_tokens else ""
     code = [
         *load,
         f"prompt = {prompt!r}",
         "dialogue = 'Doctor: ...\\nPatient: ...'",
         f"asked = prompt.replace({DIALOGUE!r}, dialogue.strip())",
         f"inputs = tokenizer(asked, return_tensors='pt', add_special_tokens={bool(special_tokens)})",
-        f"written = model.generate(**inputs, max_new_tokens={int(most)}, do_sample=False{stop})",
-        "print(tokenizer.decode(written[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True).strip())",
+        f"written = model.generate(**inputs, max_new_tokens={int(new_tokens)}, do_sample=False{stop})",
+        "answer = tokenizer.decode(written[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True)",
+        f"print(answer{line}.strip())",
     ]
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", prompt)), default=0))
     told = "It was trained and measured with this prompt; with another one the numbers above do not hold."
@@ -327,15 +313,8 @@ def _generated(result: Mapping[str, Any]) -> bool:
     return bool(result["data"].get("generated") or (result.get("text") or {}).get("generated"))
 
 
-def _in_catalogue(base: str) -> catalogue.Entry | None:
-    try:
-        return catalogue.entry(base)
-    except LookupError:
-        return None
-
-
 def _licence(base: str) -> str | None:
-    known = _in_catalogue(base)
+    known = catalogue.known(base)
     return known.licence if known else "mit" if base in models.bundled_names() else None
 
 

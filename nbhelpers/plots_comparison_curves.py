@@ -55,7 +55,9 @@ def break_even(result: Mapping[str, Any], narrow: bool = False) -> Figure:
     axes.set_xlim(at[0] - 0.15, at[-1] + 0.15)
     top = max(one["high"] for one in [*points, line])
     axes.set_ylim(0, min(1.04, 1.12 * top))
-    axes.set_xlabel("labelled dialogues it was tuned on")
+    beside = found.get("validation_rows")  # older results do not say
+    chose = f"\n(plus {beside} that chose each tuning's best step)" if beside else ""
+    axes.set_xlabel(f"labelled dialogues it was tuned on{chose}")
     in_percent(axes.yaxis, MEASURE_NAMES.get(result["headline"], result["headline"]))
     axes.grid(axis="y", color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -28,11 +28,9 @@ def curve(
 ) -> dict[str, Any]:
     """What share of the test documents is coded, and how rightly, at each wanted precision.
 
-    probability: of the first answer, 0 to 1; an answer is accepted at or above the threshold. The threshold is the
-    smallest probability seen in validation at which the one-sided Clopper-Pearson lower bound of the precision of the
-    accepted reaches what is wanted (at `confidence`: 29 of 29 right are needed for 0.9, 59 of 59 for 0.95). Plain
-    precision would be luck: the luckiest of hundreds of thresholds. Where no threshold reaches it, it is None and says
-    so. "reached": whether the test precision is at least the wanted one; None where nothing was accepted.
+    probability: of the first answer, 0 to 1; an answer is accepted at or above the threshold, see `threshold`. Where
+    no threshold promises the wanted precision, it is None and says so. "reached": whether the test precision is at
+    least the wanted one; None where nothing was accepted.
     """
     validation = _sorted(validation_probability, validation_right, "validation")
     test = _sorted(test_probability, test_right, "test")
@@ -50,14 +48,24 @@ def curve(
 def threshold(
     probability: Sequence[float], right: Sequence[bool], wanted: float, confidence: float = 0.95
 ) -> float | None:
-    """The smallest threshold that promises the wanted precision (0 < wanted < 1) on these documents; None for none."""
+    """The smallest threshold that promises the wanted precision (0 < wanted < 1) on these documents; None for none.
+
+    Fixed-sequence testing (Bauer 1991; Westfall and Krishen 2001): probabilities seen are tried from the surest on, as
+    long as the one-sided Clopper-Pearson lower bound of the precision of the accepted reaches what is wanted, and the
+    last of them is taken. So the promise holds with `confidence` for all of them together; the best of them all, each
+    tested alone, would be the luckiest. Tried from the first on at which all right would do: 29 accepted for 0.9, 59
+    for 0.95.
+    """
     if not 0 < wanted < 1:
         raise ValueError(f"wanted precision must be in (0, 1), got {wanted}: certainty cannot be promised")
-    values, accepted, hits = _by_threshold(*_sorted(probability, right, "validation"))
-    for value, count, hit in zip(values[::-1], accepted[::-1], hits[::-1], strict=True):  # smallest first
-        if hit and coding_metrics.tail_probability(int(hit), int(count), wanted) <= 1 - confidence:
-            return float(value)
-    return None
+    found = None
+    for value, count, hit in zip(*_by_threshold(*_sorted(probability, right, "validation")), strict=True):
+        if wanted ** int(count) > 1 - confidence:  # too few to promise anything
+            continue
+        if coding_metrics.tail_probability(int(hit), int(count), wanted) > 1 - confidence:
+            break
+        found = float(value)
+    return found
 
 
 def calibration_error(probability: Sequence[float], right: Sequence[bool]) -> float:

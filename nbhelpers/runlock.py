@@ -93,7 +93,7 @@ class RunLock:
             stale = None
             if self.path.exists():
                 stale = self._stale_owner()
-                self.path.unlink(missing_ok=True)
+                self._put_away(stale)
             self._create()
         return stale
 
@@ -105,6 +105,27 @@ class RunLock:
         if is_alive({**owner, "utc": latest.get("utc")}):
             self._refuse(owner)
         return owner
+
+    def _put_away(self, stale: Mapping[str, Any]) -> None:
+        """Take the stale lock away, whole. Where no flock reaches other hosts, one of them may have taken it since it
+        was read: then what is taken away is a live lock, and goes back."""
+        aside = self.path.with_name(f".{self.token}.tmp")  # as records.TEMPORARY: swept away if this process dies now
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:  # somebody else was first: _create finds out who
+            return
+        taken = read_owner(aside)
+        if taken == stale:
+            aside.unlink(missing_ok=True)
+            return
+        try:
+            os.link(aside, self.path)
+        except (FileExistsError, FileNotFoundError):  # a third one has come meanwhile
+            pass
+        except OSError:  # a file system without second names
+            os.replace(aside, self.path)
+        aside.unlink(missing_ok=True)
+        self._refuse(taken)
 
     def _create(self) -> None:
         try:

@@ -21,15 +21,19 @@ log = logging.getLogger(__name__)
 _held: dict[str, Any] = {}  # "key", "loaded", "kept": the one model that is held
 
 
+def _key(name: str, device: str | None, dtype: str) -> tuple:
+    """Which weights these are: a folder's files, or a hub model's commit, which is known once it was loaded."""
+    return name, str(models.files_fingerprint(name) or models.hub_commit(name)), device, dtype
+
+
 @contextmanager
 def lent(name: str, *, device: str | None, dtype: str) -> Iterator[models.LoadedModel]:
     """The model in evaluation mode with its own weights, loaded only where another one (or none) is held."""
-    key = (name, str(models.files_fingerprint(name)), device, dtype)
-    if _held.get("key") != key:
+    if _held.get("key") != _key(name, device, dtype):
         release()
         loaded = models.load_model(name, device=device, dtype=dtype)
         log.info("loaded %s", name)
-        _held.update(key=key, loaded=loaded, kept=_projection_weights(loaded.model))
+        _held.update(key=_key(name, device, dtype), loaded=loaded, kept=_projection_weights(loaded.model))
     loaded = _held["loaded"]
     try:
         yield loaded

@@ -262,7 +262,7 @@ def _write_merged(name: str, layer: nn.Module) -> None:
     weight, merged = base_parameter(layer), masked_adapters.merged_weight(layer)
     if not torch.isfinite(merged).all():
         raise ValueError(f"merging {name} gives weights that are not finite: the adapters are broken, train them again")
-    layer.kept_base = weight.data
+    layer.kept_base = weight.data.cpu()  # beside the merged ones they would need the device's memory twice
     weight.data = merged
     layer.merged_adapters.append(masked_adapters.ADAPTER)
 

@@ -22,7 +22,6 @@ from nbhelpers import (
     data,
     evaluation,
     facts,
-    importance,
     mask_choice,
     mask_sets,
     models,
@@ -210,7 +209,8 @@ class SparsityExperiment(StagedExperiment):
 
     def _identity(self) -> dict[str, Any]:
         config = self.config
-        return answer_cache.identity(config.model, self.rows, self.asked, device=config.device, dtype=config.dtype)
+        found = answer_cache.identity(config.model, self.rows, self.asked, device=config.device, dtype=config.dtype)
+        return found | {"model": mask_sets.model_files(config.model)}  # the model is loaded: a hub id's commit is known
 
     def _before_tuning(self, model, identity: Mapping[str, Any], chosen) -> dict[str, Any]:
         """Measures of the model as it is now; its answers may come from another run of the same weights and mask."""
@@ -256,18 +256,14 @@ class SparsityExperiment(StagedExperiment):
         """The mask of this run, checked for its counts."""
         self._tell("masking")
         config = self.config
-        if importance.needs_data(config.importance) and len(self.train) < config.calibration_rows:
-            raise ValueError(
-                f"calibration_rows must be at most the {len(self.train)} training rows there are, got "
-                f"{config.calibration_rows}"
-            )
+        mask_choice.check_rows(config, len(self.train))
         with self._timed("masking"):
             chosen = mask_sets.chosen(
                 model,
                 mask_sets.Wanted.of(config),
                 config.sparsity,
                 sample_rows(self.train, config.calibration_rows, config.seed),
-                model_files=models.files_fingerprint(config.model),
+                model_files=mask_sets.model_files(config.model),
                 folder=self.tracker.run_dir.parent / mask_sets.FOLDER,
                 others=self.sparsities,
                 should_stop=self.should_stop,
@@ -295,7 +291,8 @@ class SparsityExperiment(StagedExperiment):
         busy = self.seconds.get("training", 0.0) + self.seconds.get("evaluating", 0.0)
         return {
             "kind": "sparsity",
-            **{name: getattr(config, name) for name in ("model", "task", "pattern", "importance", "scope", "mode")},
+            **{name: getattr(config, name) for name in ("model", "task", "pattern", "importance", "mode")},
+            "scope": mask_sets.Wanted.of(config).scope,
             "tuning": config.tuning,
             "sparsity": config.sparsity,
             "mask": None if chosen is None else chosen.record(),

@@ -112,6 +112,8 @@ def rows(folder: str | Path, tolerance: float = TOLERANCE) -> list[ResultRow]:
         config = ledger.jobs[place.job].config | _named(ledger.plan, place.values) | own  # an alias has its own place
         method = _label(place.values) or f"{config['pattern']} by {config['importance']}"
         known = {name: config[name] for name in ("model", "task", "pattern", "importance", "scope", "sparsity")}
+        if config["pattern"] == "nm":  # whatever the plan says of a scope
+            known["scope"] = "group"
         known |= {"tuning": config.get("tuning"), "mode": _mode(ledger.plan, config)}
         known |= _what_goes(config["pattern"], config.get("dimension", "outputs"))
         named = {name: cell.get(name) for name in ResultRow.model_fields if name in cell}

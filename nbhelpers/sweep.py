@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbhelpers import attempts, grid, jobkinds, retry_rules, search
+from nbhelpers import attempts, grid, jobkinds, retry_rules, runlock, search
 from nbhelpers.errors import one_line
 from nbhelpers.grid import Expansion, Job, Plan
-from nbhelpers.ledger import Ledger, State
+from nbhelpers.ledger import BEAT_SECONDS, Ledger, State
 from nbhelpers.runs import read_run
 from nbhelpers.search import Search
 from nbhelpers.tracking import Interrupted
@@ -28,6 +28,7 @@ from nbhelpers.tracking import Interrupted
 KINDS = jobkinds.KINDS
 _DURATION = re.compile(r"(?=.)(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 UNKNOWN = "what such a job takes is not known before one was done"
+LOOK_SECONDS = 0.5
 Progress = Callable[[dict[str, Any]], None]
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,8 @@ def run(
     only: the job of this row of the plan alone, counted from 1.
 
     A job that fails is recorded with its class and the rest goes on. With a budget no job is started that would not
-    fit by the measured cost of jobs like it (the first one always is). An interrupt ends the sweep cleanly.
+    fit by the measured cost of jobs like it (the first one always is). An interrupt ends the sweep cleanly. A job whose
+    process on another host may be dead is waited for until that is known, a minute or so, and done if it is.
     """
     allowed = parse_budget(budget)
     plan = grid.read_plan(plan)
@@ -256,7 +258,9 @@ class Pass:
         over = [state for state in states.values() if not state.to_do and state.status != "running"]
         self.ended = self.ended_before = len(over)
         self.finished_before = ledger.finished()
-        self.waiting = [job for job in self._in_order(states) if states[job.id].to_do and only in (None, job.id)]
+        asked = [job for job in self._in_order(states) if only in (None, job.id)]
+        self.waiting = [job for job in asked if states[job.id].to_do]
+        self.elsewhere = {job.id for job in asked if states[job.id].status == "running"}  # other processes have these
 
     def _in_order(self, states: Mapping[str, State]) -> list[Job]:
         ordered = grid.in_order(self.expansion, list(self.ledger.jobs.values()))
@@ -271,12 +275,14 @@ class Pass:
         doer = attempts.Doer(self.expansion, self.ledger, self.progress, self.should_stop)
         how = "done"
         try:
-            while how == "done" and (job := self.next()) is not None:
+            while how == "done" and (job := self.next() or self._left()) is not None:
                 if self.should_stop is not None and self.should_stop():
                     how = "stopped"
                     continue
                 if found := doer.do(job, begun=self.begun):
                     self.over(job, found)
+                else:
+                    self.elsewhere.add(job.id)
         except (KeyboardInterrupt, Interrupted):
             how = "stopped"
         finally:
@@ -291,6 +297,30 @@ class Pass:
             if not self._too_late(self.expected(job)):
                 return job
             self.skipped = True
+        return None
+
+    def _left(self) -> Job | None:
+        """The next job that another process left. One on another host that was killed looks alive until its lease is
+        stale: it is waited for until that, or until its next sign of life."""
+        longest = runlock.STALE_SECONDS + BEAT_SECONDS
+        until, seen = min(self.started + self.allowed, time.monotonic() + longest), None
+        while self.elsewhere:
+            notes = self.ledger.notes()
+            states = {job: self.ledger.state(job, notes) for job in self.elsewhere}
+            self.elsewhere = {job for job, state in states.items() if state.status == "running"}
+            if left := [self.ledger.jobs[job] for job, state in states.items() if state.to_do]:
+                self.waiting += left
+                return self.next()
+            signs = self.ledger.signs(self.elsewhere)
+            if signs and seen is None:
+                who = f"jobs that run on another host: {len(signs)}; waiting for a sign that it lives"
+                log.warning("%s, %.0f s at most; what a dead process left is done here", who, longest)
+            seen = signs if seen is None else seen
+            if time.monotonic() > until or not any(seen.get(job) == sign for job, sign in signs.items()):
+                break
+            if self.should_stop is not None and self.should_stop():
+                raise Interrupted("stopped while a job of another host was waited for")
+            time.sleep(LOOK_SECONDS)
         return None
 
     def begun(self, job: Job) -> None:

@@ -29,6 +29,9 @@ SAME = (
     "micro_batch_size",
     "lora_rank",
     "tuning",
+    "window",
+    "gradient_checkpointing",
+    "device",
 )
 STEPS, DOCUMENTS = 2, 4  # of the first pilot
 PILOTS = 8  # at most: the last one has 128 times as many

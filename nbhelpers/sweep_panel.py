@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import time
 from collections import deque
@@ -330,9 +331,10 @@ class SweepPanel(Panel):
         config = from_plan(ledger.plan, folder)
         if config is None:
             self._look(ledger.folder)
-            command = f"nbhelpers sweep run {workers.FOLDER}/{workers.PLAN} --out {ledger.folder}"
-            text = f"its plan was written elsewhere and is no form's: shown here, it goes on by {command}"
-            self.choice_note.value = NOTE.render(text=text)
+            plan = ledger.folder / workers.FOLDER / workers.PLAN
+            named = shlex.quote(str(plan)) if plan.is_file() else "PLAN, the file that it was begun with,"
+            text = "its plan was written elsewhere and is no form's: shown here, it goes on by nbhelpers sweep run "
+            self.choice_note.value = NOTE.render(text=f"{text}{named} --out {shlex.quote(str(ledger.folder))}")
             return
         self.form.put(texts(config))
         self.choice_note.value = NOTE.render(text="its settings stand in the form: Run does what is missing")

@@ -14,6 +14,7 @@ from jinja2 import Environment
 
 from nbhelpers import mask_files, mask_sets, overview, plots, plots_sparsity, report, sparsity_answers, sparsity_report
 from nbhelpers.ledger import Ledger
+from nbhelpers.records import slug
 from nbhelpers.runs import read_run
 from nbhelpers.sparsity_results import TOLERANCE, ResultRow, both_modes, dense_said, goes_said, headline, rows
 from nbhelpers.sparsity_tables import column_names, denominators_said, share_beside
@@ -221,7 +222,8 @@ class SweepResults:
         sets = []
         for path in (self.folder / "runs" / mask_sets.FOLDER).glob("*.safetensors"):
             header = mask_files.load(path).header
-            name = f"{header['how'].get('pattern')}-{header['importance']}-{header['sha256'][:12]}.safetensors"
+            said = f"{header['how'].get('pattern')}-{header['importance']}-{header['sha256'][:12]}"
+            name = f"{slug(said)}.safetensors"  # the header may be anybody's
             if not (place / MASKS / name).exists():
                 _link(path, place / MASKS / name)
             many = f"{len(header['sparsities'])} sparsities of {header['numbers']:,} weights"

@@ -136,6 +136,7 @@ class WeightPruningExperiment(PruningExperiment):
         tokenizer, window = models.load_tokenizer(config.model), check_window(config.window, model_config)
         corpus = load_corpus(config.text)
         rows = {part: data.rows(tokenizer, getattr(corpus, part), window) for part in ("train", "validation", "test")}
+        mask_choice.check_rows(config, len(rows["train"]))
         return tokenizer, corpus, window, rows
 
     def _pruned_model(self, model) -> tuple[dict[str, Any], Any, Path]:

@@ -68,6 +68,8 @@ def work(
             found = sweep.run(plan, folder, left, progress, stop)
             if found["ended"] != "done" or not found["missing"] or not found["tried"]:
                 return found
+            if time.monotonic() >= until:
+                return found | {"ended": "budget"}
 
 
 def present(folder: str | Path) -> list[dict[str, Any]]:
@@ -118,7 +120,8 @@ def run(
     found = Ledger(folder).coverage()
     codes = [worker.returncode for worker in workers]
     if ended == "done" and found["missing"]:
-        if not all(code in (0, 1) for code in codes):  # 1: jobs of it failed, and stand in the ledger
+        told = found["failed"] > (before["failed"] if budget is None else 0)  # a worker's 1: jobs failed, or it did
+        if not all(code == 0 or (code == 1 and told) for code in codes):
             raise RuntimeError(
                 f"{found['missing']} of {found['planned']} jobs are missing and workers ended with {sorted(codes)}: "
                 "see what they said above; the same command goes on"

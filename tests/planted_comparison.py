@@ -135,7 +135,7 @@ def result(**changes: Any) -> dict[str, Any]:
 @functools.cache
 def _result() -> dict[str, Any]:
     said = answers()
-    measure = coding_metrics.headline(said.values())
+    measure = "top_1_accuracy"
     right = {key: coding_metrics.outcomes(of, measure) for key, of in said.items()}
     large, small = _of(right, "LLM_"), {key: right[key] for key in SMALL if key.endswith("_finetuned")}
     zero_shot = {key: right[key] for key in SMALL if key.endswith("_zero_shot")}

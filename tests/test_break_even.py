@@ -29,6 +29,14 @@ def test_the_crossing_lies_between_two_points_linear_in_the_logarithm():
     )
 
 
+def test_labels_that_no_point_counts_are_said_beside_the_crossing():
+    found = quick([(0, 10), (3, 20), (15, 60)], 40)
+    said = break_even.with_uncounted(found, 64)
+    assert said["sentence"] == f"{found['sentence']} Plus 64 validation dialogues, which chose each tuning's best step."
+    assert (said["validation_rows"], said["shots"], said["crossing"]) == (64, 0, found["crossing"])
+    assert break_even.with_uncounted(found, 9, 2)["sentence"].endswith("best step, and 2 solved in every prompt.")
+
+
 def test_a_crossing_a_quarter_of_the_way_up_is_a_quarter_of_the_logarithm():
     found = quick([(0, 30), (15, 70)], 40)
     assert found["crossing"]["rows"] == pytest.approx(math.exp(math.log(16) / 4) - 1)

@@ -95,6 +95,11 @@ def test_an_unknown_name_is_answered_with_the_nearest_one():
         catalogue.entry("pythia-70b")
 
 
+def test_a_name_that_the_catalogue_does_not_have_is_not_known():
+    assert catalogue.known("owner/model") is None
+    assert catalogue.known("opt-125m") is catalogue.entry("facebook/opt-125m")
+
+
 def test_names_are_unique_also_without_case_and_every_entry_says_licence_and_gate():
     entries = [catalogue.entry(name) for name in catalogue.names()]
     keys = [key.lower() for e in entries for key in {e.name, e.hub_id}]

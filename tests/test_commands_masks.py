@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -99,6 +102,53 @@ def test_masks_fit_the_model_they_were_made_of_in_any_number_format_and_no_other
     assert alone.exit_code == 2 and "masks_sparsity is one of a mask file's" in alone.stderr
     alone = call("masks", "verify", folder, "--sparsity", 0.5)
     assert alone.exit_code == 2 and "name it with --model" in alone.stderr
+
+
+@pytest.fixture
+def on_hub():
+    """tiny-gpt2 in bfloat16 as a model of the hub, in the cache of its files; called again it has another commit."""
+    folder = Path(constants.HF_HUB_CACHE) / "models--owner--tiny"
+
+    def upload(commit: str, factor: float = 1.0) -> str:
+        own = models.load_model("tiny-gpt2", device="cpu", dtype="bfloat16")
+        with torch.no_grad():
+            own.model.lm_head.weight.mul_(factor)
+        models.save_model(own.model, own.tokenizer, folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+        return "owner/tiny"
+
+    yield upload
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_masks_of_a_hub_model_fit_that_commit_in_any_number_format_and_no_other_weights(on_hub, tmp_path, monkeypatch):
+    name = on_hub("0123abcd" * 5)
+    create = ("masks", "create", "--model", name, "--scope", "layer", "--device", "cpu", "--sparsity", 0.5)
+    assert result(*create, "--out", tmp_path / "m")["came"] == "measured"
+    assert result(*create, "--out", tmp_path / "m")["came"] == "cached"
+    apply = ("masks", "apply", tmp_path / "m", "--model")
+    assert result(*apply, name, "--out", tmp_path / "a")["violations"] == 0, "made in float32, stored in bfloat16"
+    asked = ("evaluate", "--task", "boolq", "--data", "bundled", "--limit", 2, "--device", "cpu", "--dtype", "bfloat16")
+    masked = ("--model", name, "--masks", tmp_path / "m")
+    assert result(*asked, *masked, "--out", tmp_path / "e")["all_facts_hold"]
+    on_hub("4567ef89" * 5, 1.5)
+    refused = call(*apply, name, "--out", tmp_path / "b")
+    assert refused.exit_code == 2 and "is for a model with other files than 'owner/tiny'" in refused.stderr
+    assert "nbhelpers masks apply --any-weights" in refused.stderr and "same_weights" not in refused.stderr
+    refused = call(*create, "--out", tmp_path / "m")
+    assert refused.exit_code == 2 and "model owner/tiny with other files" in refused.stderr
+
+
+def test_masks_of_a_model_fit_a_copy_of_its_weights_among_other_files(tmp_path):
+    own = models.load_model("tiny-gpt2", device="cpu", dtype="float32")
+    for folder in ("one", "copy"):
+        models.save_model(own.model, own.tokenizer, tmp_path / folder)
+    (tmp_path / "copy" / "README.md").write_text("a copy")
+    create = ("masks", "create", "--model", tmp_path / "one", "--device", "cpu", "--sparsity", 0.5)
+    result(*create, "--out", tmp_path / "m")
+    apply = ("masks", "apply", tmp_path / "m", "--model", tmp_path / "copy", "--out", tmp_path / "a")
+    assert result(*apply)["violations"] == 0
 
 
 def test_statistics_and_overlap_say_how_masks_were_made_and_what_they_share(made, tmp_path):

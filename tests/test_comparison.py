@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nbhelpers import (
     catalogue,
     comparison_answers,
+    comparison_before,
     comparison_data,
+    comparison_pace,
     comparison_said,
     generated,
     generated_dialogues,
     merging,
+    model_card,
     models,
     prompts,
 )
@@ -145,6 +150,28 @@ def test_the_break_even_curve_goes_from_no_dialogues_to_all(done):
     curve = done[1]["break_even"]
     assert [point["rows"] for point in curve["points"]] == [0, 12, 24]
     assert curve["large"]["accuracy"] == done[1]["models"]["LLM_small-llama_untrained"]["top_1_accuracy"]
+
+
+def test_validation_dialogues_that_chose_the_steps_are_said_beside_the_curve(done):
+    curve, validation = done[1]["break_even"], done[1]["data"]["rows"]["validation"]
+    assert (curve["validation_rows"], curve["shots"]) == (validation, 0) and 0 < validation <= 64
+    assert f"Plus {validation} validation dialogues" in curve["sentence"]
+
+
+def test_the_estimate_of_a_tuning_is_of_one_micro_batch_and_the_models_own_rank(dialogues_file):
+    def estimated(micro_batch: int | None, rank: int | None) -> int:
+        small = [{"name": "tiny-llama", "lora_rank": rank}]
+        asked = config(dialogues_file, slm_models=small, method="lora", batch_size=8, micro_batch_size=micro_batch)
+        made = Comparison(comparison_data.prepared(asked), None, None, None)
+        (model,) = asked.slm_models
+        tuning = made._tuning(model, made.on.train)
+        asking = comparison_answers.Asking("k", model, made.on.prompts(model), {}, (), tuning)
+        return made._estimated(asking)["bytes"]
+
+    logits = 14 * models.load_config("tiny-llama").vocab_size * 256  # bytes of one row of 256 tokens
+    assert estimated(None, None) - estimated(1, None) > 7 * logits
+    assert estimated(8, None) == estimated(None, None)
+    assert estimated(1, 64) > estimated(1, None) == estimated(1, 16)
 
 
 def test_progress_names_the_phase_and_the_model_at_work(done):
@@ -310,6 +337,20 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(done, dialo
             assert results(again)[key][name] == entry[name], (key, name)
 
 
+def test_a_run_whose_disk_was_full_at_its_model_cards_is_not_finished_and_resumes_to_them(tiny, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model_card, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            Comparison.run(tiny, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists() and read_run(tmp_path / "run").status == "failed"
+    monkeypatch.setattr("nbhelpers.training.fine_tune", no_model)
+    Comparison.run(tiny, run_dir=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "models" / "SLM_tiny-llama_finetuned" / "model" / "README.md").is_file()
+
+
 # ------------------------------------------------------------------------------------------------ sabotage
 
 
@@ -410,6 +451,29 @@ def test_stop_while_rates_are_measured_is_an_interruption(dialogues_file, tmp_pa
             progress=heard.append,
             should_stop=lambda: bool(heard) and heard[-1]["stage"] == "measuring rates",
         )
+
+
+@pytest.fixture(params=[1, 3])
+def labels_each(request, tmp_path):
+    """(number of labels that each dialogue has, what is asked of those dialogues)."""
+    file, labels = tmp_path / "several.jsonl", ["ache", "burn", "cold"]
+    rows = [
+        {"dialogue": f"Patient: It is number {n}, {n} times.", "label": (labels[n % 3 :] + labels)[: request.param]}
+        for n in range(30)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return request.param, config(file, several="any", answers="ranking", batch_size=2, experiment="training")
+
+
+def test_a_training_dialogue_is_expected_to_take_as_long_as_all_its_labels(labels_each, monkeypatch):
+    number, asked = labels_each
+    made = comparison_data.prepared(asked)
+    monkeypatch.setattr(comparison_pace, "time", SimpleNamespace(perf_counter=count().__next__))  # a step, a second
+    assert comparison_pace.rates(made, lambda *_, **__: None).training_seconds == {"SLM_tiny-llama": number / 2}
+    pace = comparison_before._Pace(asked, "tiny-llama", made.data)
+    pace.read, pace.kernels = 1.0, 0.0  # seconds
+    steps, validations = 8 * (1 + comparison_before.durations.BACKWARD), 2 * 5  # one epoch, validated before and after
+    assert pace.tuning(8, 5) == pytest.approx(number * (steps + validations))
 
 
 def test_training_alone_tunes_each_model_once(tiny, tmp_path):

@@ -97,3 +97,16 @@ def test_a_key_of_a_model_whose_name_ends_in_hf_is_not_taken_for_a_token():
     assert short == "Llama-2-7b"
     key = f"SLM_{short}_finetuned"
     assert Redactor().text(key) == key
+
+
+@pytest.mark.parametrize(
+    ("answers", "measure"),
+    [("both", "top_1_accuracy"), ("ranking", "top_1_accuracy"), ("writing", "exact_match_accuracy")],
+)
+def test_rankings_decide_the_verdict_wherever_labels_are_ranked(answers, measure):
+    assert ComparisonConfig(answers=answers).headline == measure
+
+
+def test_a_micro_batch_above_the_batch_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="micro_batch_size must be at most batch_size 2, got 8"):
+        ComparisonConfig(batch_size=2, micro_batch_size=8)

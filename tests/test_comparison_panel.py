@@ -192,6 +192,14 @@ def test_memory_is_set_beside_what_is_free_and_download_licence_and_gate_are_nam
     assert comparison_before.needs(made.config())[0]["bytes"] < large["bytes"] / 2
 
 
+def test_memory_of_tuning_is_that_of_one_micro_batch(tmp_path, talks):
+    def tuned(**more) -> int:
+        made = panel(tmp_path, talks, more={"device": "cuda", "window": 512, **more})
+        return comparison_before.needs(made.config())[1]["bytes"]
+
+    assert tuned(batch_size=16, micro_batch_size=1) == tuned(batch_size=1) < tuned(batch_size=16)
+
+
 def test_a_gated_model_without_a_token_offers_the_open_set(tmp_path, talks, monkeypatch):
     monkeypatch.setattr(catalogue, "token_state", lambda: "absent")
     made = panel(tmp_path, talks, llm_models="Llama-3.1-8B-Instruct")

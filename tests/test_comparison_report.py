@@ -11,7 +11,16 @@ import planted_comparison as planted
 import pytest
 from browser_lab import CHROMIUM, FLAGS, need_browser
 
-from nbhelpers import comparison_html, comparison_report, comparison_tables, dialogues, plots_comparison, records
+from nbhelpers import (
+    break_even,
+    comparison_html,
+    comparison_report,
+    comparison_tables,
+    dialogues,
+    plots_comparison,
+    plots_comparison_curves,
+    records,
+)
 from nbhelpers.runs import read_run
 
 EVIL = '<script>alert("x")</script>'
@@ -169,6 +178,16 @@ def test_each_of_the_three_curves_has_its_sentence(written):
     pays = made["cost"]["pays"][0]["sentence"]
     assert pays in words or comparison_html._with_names(pays, made) in words
     assert not re.search(r"\b[LS]LM_", words), "no key where a name belongs"
+
+
+def test_the_break_even_curve_says_the_labels_it_leaves_out_where_the_result_does():
+    older = planted.result()
+    made = older | {"break_even": break_even.with_uncounted(older["break_even"], 64)}
+    axes = [plots_comparison_curves.break_even(one).axes[0].get_xlabel() for one in (older, made)]
+    assert axes[0] == "labelled dialogues it was tuned on"
+    assert axes[1] == f"{axes[0]}\n(plus 64 that chose each tuning's best step)"
+    assert "Plus 64 validation dialogues" not in Page(page(older)).words
+    assert "Plus 64 validation dialogues, which chose each tuning's best step." in Page(page(made)).words
 
 
 def test_what_a_run_does_not_have_is_said_in_a_line_and_not_drawn(tmp_path):
@@ -383,6 +402,7 @@ def test_in_a_browser_nothing_is_wider_than_the_page_and_every_figure_is_there_a
     path = tmp_path / "report.html"
     path.write_text(written)
     tab = browser.new_page(viewport={"width": width, "height": 844})
+    tab.set_default_timeout(120_000)
     asked = []
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(path.as_uri())

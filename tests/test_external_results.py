@@ -129,6 +129,19 @@ def test_at_sparsity_0_method_and_mode_decide_nothing_and_the_dense_run_counts_o
     assert [row["row"] for row in found["rows"]] == [1] and not found["theirs_alone"]
 
 
+def test_a_cell_of_ours_that_meets_several_of_their_lines_counts_once(tmp_path):
+    dense = next(row for row in own() if row.sparsity == 0)
+    ours = [dense.model_copy(update={"tuned": 0.7, "tuned_low": 0.65, "tuned_high": 0.75})]
+    lines = [f"tiny-llama,boolq,{method},0,{mode},0.9,p\n" for method in ("random", "wanda") for mode in ("s2s", "s2d")]
+    found = compared(ours, table(tmp_path, HEADER + "".join(lines)))
+    assert len(found["rows"]) == 4 and counts(found)["outside"] == 1
+    told = external_results.said(found)
+    assert told[0].startswith("1 cells of ours") and told[1] == "theirs is outside our 95 % interval in 1 of them"
+    missing = [dense.model_copy(update=dict.fromkeys(("tuned", "tuned_low", "tuned_high")))]
+    found = compared(missing, table(tmp_path, HEADER + "".join(lines)))
+    assert "1 of ours are not measured" in external_results.said(found)
+
+
 def test_sparsities_match_as_numbers_not_as_texts(tmp_path):
     text = "model,task,method,sparsity_percent,mode,value,protocol\ntiny-llama,boolq,random,30,s2s,0.8,p\n"
     ours = [row.model_copy(update={"sparsity": 0.1 + 0.2}) for row in own() if row.sparsity == 0.3]

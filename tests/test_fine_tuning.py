@@ -26,6 +26,9 @@ from nbhelpers.tracking import Interrupted
 
 QUICK = {"window": 32, "evaluation_windows": 8, "batch_size": 2, "sample_tokens": 4, "device": "cpu", "steps": 4}
 
+MASKED = ({"method": "sparse_lora"}, {"method": "full", "sparsity": 0.5})
+FEW = r"calibration_rows must be at most the \d+ training rows there are, got 1000"
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
@@ -149,6 +152,7 @@ def test_a_mask_through_which_rows_see_each_other_makes_the_run_a_violation(text
         ({"model": "tiny-gtp2"}, LookupError, "Did you mean 'tiny-gpt2'"),
         ({"data": "nothing.jsonl"}, LookupError, "'nothing.jsonl' does not exist"),
         ({"window": 5000}, ValueError, "at most the model's 256 positions"),
+        *(({"importance": "wanda", "calibration_rows": 1000} | how, ValueError, FEW) for how in MASKED),
     ],
 )
 def test_what_cannot_run_is_said_before_a_run_directory_exists(changes, error, message, text, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from nbhelpers import generated, grid, jobkinds, runtime, sweep
 from nbhelpers.fine_tuning import FineTuningConfig, FineTuningExperiment
 from nbhelpers.ledger import Ledger
-from nbhelpers.records import write_json
+from nbhelpers.records import sha256_file, write_json
 from nbhelpers.runs import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,7 +171,8 @@ def test_a_job_whose_process_was_killed_goes_on_from_its_checkpoint(text, tmp_pa
     out = tmp_path / "g"
     command = [sys.executable, "-m", "nbhelpers", "sweep", "run", str(tmp_path / "plan.json"), "--out", str(out)]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-    while not list(out.glob("runs/*/artefacts/fine_tuned/checkpoint-00000004/COMPLETE")):
+    complete = "runs/*/artefacts/fine_tuned/checkpoint-*/COMPLETE"  # only the newest two of them stay
+    while not any(int(path.parent.name.partition("-")[2]) >= 4 for path in out.glob(complete)):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -231,3 +232,27 @@ def test_an_evaluation_of_other_rows_or_another_precision_is_another_job(tmp_pat
     assert jobs({}, {"name": "other"}, {"batch_tokens": 10}, {"cache": False}) == 1
     others = [{"task": "hellaswag"}, {"limit": 3}, {"dtype": "bfloat16"}, {"shots": 1}, {"data": "bundled"}]
     assert jobs({}, *others) == 1 + len(others)
+
+
+def test_an_evaluation_with_other_masks_in_the_same_place_is_another_job(tmp_path):
+    place, found = tmp_path / "masks", set()
+    place.mkdir()
+    for content in (b"one", b"another"):
+        (place / "masks.safetensors").write_bytes(content)
+        for masks in (place, place / "masks.safetensors"):
+            expansion = grid.expand(grid.read_plan({"kind": "evaluation", "base": {"masks": str(masks)}}))
+            (job,) = expansion.jobs.values()
+            told = expansion.kind.fingerprint(expansion.kind.config(**job.config))["masks"]
+            assert told == sha256_file(place / "masks.safetensors")
+            found.add(job.id)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("kind", ["sparsity", "fine_tuning"])
+def test_a_scope_makes_another_job_but_for_pattern_nm_which_has_none(kind):
+    def jobs(pattern: str) -> int:
+        base = {"pattern": pattern, "sparsity": 0.5} | ({"method": "sparse_lora"} if kind == "fine_tuning" else {})
+        plan = {"kind": kind, "base": base, "axes": {"scope": ["layer", "row", "global"]}}
+        return len(grid.expand(grid.read_plan(plan)).jobs)
+
+    assert (jobs("unstructured"), jobs("nm")) == (3, 1)

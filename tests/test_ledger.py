@@ -10,6 +10,8 @@ from nbhelpers import ledger as ledgers
 from nbhelpers import sweep
 from nbhelpers.grid import expand, read_plan
 from nbhelpers.ledger import Ledger
+from nbhelpers.records import write_json
+from nbhelpers.runlock import utc_now
 
 
 @pytest.fixture
@@ -63,3 +65,15 @@ def test_a_lease_lives_by_its_heartbeat_and_is_stale_without_one(ledger, monkeyp
     assert ledger.state(job).status == "planned"
     with ledger.lease(job) as ours:
         assert ours
+
+
+def test_a_lease_that_was_taken_over_while_its_process_slept_stays_whole_with_the_other_one(ledger):
+    job, other = ledger.jobs
+    folder = ledger.folder / "leases" / job
+    with ledger.lease(job):
+        assert ledger.holds(job) and not ledger.holds(other)
+        for name in ("lock", "heartbeat.json"):
+            write_json(folder / name, {"host": "elsewhere", "pid": 1, "utc": utc_now(), "token": "theirs"})
+        assert not ledger.holds(job)
+    assert {path.name for path in folder.iterdir()} == {"lock", "heartbeat.json"}
+    assert ledger.state(job).status == "running"

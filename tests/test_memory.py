@@ -98,9 +98,9 @@ print(json.dumps({"high": high, "left": rss() - before}))
     assert seen["left"] < 0.06 * one
 
 
-def test_sequential_is_the_same_as_loaded_and_lets_the_error_through():
+def test_an_error_within_goes_through_and_the_model_is_released():
     model = torch.nn.Linear(3, 2)
-    with pytest.raises(ZeroDivisionError, match="division"), memory.sequential(lambda: model):
+    with pytest.raises(ZeroDivisionError, match="division"), memory.loaded(lambda: model):
         _ = 1 / 0
     assert model.weight.numel() == 0
 
@@ -245,6 +245,15 @@ def test_a_block_within_a_block_does_not_make_the_outer_one_forget_its_cuda_peak
             hold(20)
     assert (outer.cuda_before, outer.cuda_peak, outer.cuda_after) == (0, 100, 20)
     assert (inner.cuda_before, inner.cuda_peak, inner.cuda_after) == (10, 30, 20)
+
+
+def test_a_block_with_the_numbers_of_the_one_around_it_ends_and_not_that_one(monkeypatch):
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 7)
+    monkeypatch.setattr(memory, "_cuda", lambda counter: 0)
+    with memory.peak() as outer:
+        with memory.peak():
+            pass
+        assert len(memory._open_marks) == 1 and memory._open_marks[0] is outer
 
 
 def test_peak_ends_its_sampler_also_after_an_error():

@@ -90,6 +90,23 @@ def test_a_merged_folder_that_computes_something_else_is_reported(llama, tmp_pat
     assert not found["all_facts_hold"] and not fact["ok"] and fact["values"]["difference"] > 1e-3
 
 
+def test_a_merge_that_ends_in_an_error_holds_no_model(llama, tmp_path, monkeypatch):
+    loaded, honest = [], models.load_model
+
+    def load_model(*args, **options):
+        loaded.append(honest(*args, **options))
+        return loaded[-1]
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    monkeypatch.setattr(merging, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        merging.merge(llama, tmp_path / "whole", device="cpu")
+    assert len(loaded) > 1 and not any(one.numel() for each in loaded for one in each.model.parameters())
+
+
 def test_what_cannot_be_merged_is_refused_and_nothing_is_written(llama, tmp_path):
     out = tmp_path / "whole"
     with pytest.raises(ValueError, match="adapter must be a local folder with adapter_config.json, got 'tiny-llama'"):

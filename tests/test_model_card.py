@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -95,7 +96,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def card(result, folder, manifest=MANIFEST, key=KEY, prompt="Say it.\n\n{dialogue}\n\nCode:", **options) -> str:
-    return model_card.text(result, manifest, key, folder, prompt=prompt, **options)
+    return model_card.text(result, manifest, key, folder, prompt=prompt, **{"new_tokens": 16} | options)
 
 
 def front(text: str) -> dict:
@@ -149,6 +150,15 @@ def test_base_model_and_licence_are_the_catalogues_or_not_known(name, licence, b
     assert front(text).get("base_model") == base
     assert "/volume/" not in text and "somebody/his model" not in text
     assert ("Licence of the base model: not known." in text) == (licence["license"] == "unknown")
+
+
+def test_of_two_models_with_one_short_name_the_card_names_its_own(result, folder):
+    key = "LLM_Llama-3.2-3B-Instruct_finetuned"
+    own, other = (f"{owner}/Llama-3.2-3B-Instruct" for owner in ("meta-llama", "unsloth"))
+    entry = result["models"][KEY] | {"model": own, "model_type": "LLM"}
+    manifest = MANIFEST | {"config": {"slm_models": [{"name": other}], "llm_models": [{"name": own}]}}
+    text = card(changed(result, models={key: entry}, paired_tests=[]), folder, manifest, key)
+    assert (front(text)["base_model"], front(text)["license"]) == (own, "llama3.2")
 
 
 def test_text_that_yaml_reads_otherwise_comes_back_as_it_was(result, folder):
@@ -231,10 +241,11 @@ def test_a_prompt_with_solved_dialogues_in_it_is_not_copied(result, folder):
 def test_plain_transformers_asks_the_exact_prompt_by_the_code_of_the_card(result, folder, prompts, monkeypatch):
     path = model_card.write(
         result,
-        MANIFEST | {"config": MANIFEST["config"] | {"new_tokens": 6}},
+        MANIFEST,
         KEY,
         folder,
         prompt=prompts.text("{dialogue}"),
+        new_tokens=6,
         special_tokens=not prompts.chat,
         end=prompts.end,
     )
@@ -251,6 +262,29 @@ def test_plain_transformers_asks_the_exact_prompt_by_the_code_of_the_card(result
     assert "nbhelpers" not in code
 
 
+@pytest.mark.parametrize(("plain", "printed"), [(True, "E11.9"), (False, "E11.9 \nI10")])
+def test_the_code_writes_as_much_as_was_measured_and_ends_a_plain_answer_with_its_line(result, folder, plain, printed):
+    class Said:
+        """Stands for a model and its tokenizer that write two lines."""
+
+        def __call__(self, *_, **__):
+            return {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+
+        def generate(self, max_new_tokens, **_):
+            self.most = max_new_tokens
+            return torch.zeros(1, 5, dtype=torch.long)
+
+        def decode(self, *_, **__):
+            return " E11.9 \nI10"
+
+    text = card(result, folder, MANIFEST | {"config": {"new_tokens": 4}}, new_tokens=23, special_tokens=plain)
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    said, out = Said(), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code[code.index("prompt = ") :], {"model": said, "tokenizer": said})
+    assert said.most == 23 and out.getvalue() == f"{printed}\n"
+
+
 def test_a_prompt_with_backticks_braces_and_quotes_stays_code(result, folder):
     prompt = 'It\'s a "code" {like} ```this```\n{dialogue}\nCode:'
     text = card(result, folder, prompt=prompt)
@@ -265,25 +299,7 @@ def test_adapters_are_said_to_be_adapters(result, tmp_path):
     assert "adapters, which belong on the base model" in text and "models.load_model('.')" in text
 
 
-# who wins, and who is refused -----------------------------------------------------------------------------------------
-
-
-def test_the_winner_is_the_best_tuned_small_model_by_the_headline_and_the_smaller_of_equals(result):
-    assert model_card.winner(result) == KEY
-    found = changed(result)
-    equal = {"top_1_accuracy": 0.5, "parameters": 10}
-    found["models"] = {
-        f"SLM_{name}_finetuned": result["models"][KEY] | equal | {"parameters": size}
-        for name, size in (("a", 30), ("b", 20), ("c", 25))
-    }
-    found["models"]["LLM_x_finetuned"] = result["models"][KEY] | {"model_type": "LLM", "top_1_accuracy": 0.9}
-    assert model_card.winner(found) == "SLM_b_finetuned"
-
-
-def test_without_a_tuned_small_model_there_is_no_winner(result):
-    only = {key: entry for key, entry in result["models"].items() if key.startswith(("LLM", "BASELINE"))}
-    with pytest.raises(ValueError, match="no fine-tuned small model has a top_1_accuracy: run the comparison"):
-        model_card.winner(changed(result, models=only))
+# who is refused -------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_handed_over_is_refused_by_name(result, folder, tmp_path):

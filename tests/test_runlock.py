@@ -1,5 +1,6 @@
 """A run directory has one live process, and a dead one does not hold it."""
 
+import contextlib
 import os
 import platform
 import re
@@ -9,7 +10,9 @@ import time
 import pytest
 from run_folders import age, killed_run, script, tracker
 
+from nbhelpers import runlock
 from nbhelpers.records import read_json, read_lines, write_json
+from nbhelpers.runlock import RunLock
 from nbhelpers.runs import read_run
 
 
@@ -76,6 +79,67 @@ def test_of_many_processes_that_find_one_stale_lock_exactly_one_takes_it(tmp_pat
     for racer in racers:
         racer.communicate("")
     assert sorted(said) == ["lost"] * 5 + ["won"]
+
+
+DEAD = {"host": "elsewhere", "pid": 1, "utc": "2020-01-01T00:00:00Z", "token": "dead"}
+
+
+def no_link(*_):
+    raise PermissionError("no second names here")
+
+
+@pytest.mark.parametrize("link", [os.link, no_link])
+def test_where_no_flock_reaches_other_hosts_one_that_took_the_lock_since_it_was_read_keeps_it(
+    link, tmp_path, monkeypatch
+):
+    write_json(tmp_path / "lock", DEAD)
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    look = RunLock._stale_owner
+
+    def overtaken(self):
+        owner = look(self)
+        if self is second:
+            assert first.acquire() == DEAD
+        return owner
+
+    monkeypatch.setattr(runlock, "_one_at_a_time", lambda folder: contextlib.nullcontext())
+    monkeypatch.setattr(RunLock, "_stale_owner", overtaken)
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on host"):
+        second.acquire()
+    assert first.is_ours() and not second.is_ours()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_stale_lock_that_is_gone_since_it_was_read_is_no_obstacle(tmp_path, monkeypatch):
+    write_json(tmp_path / "lock", DEAD)
+    look = RunLock._stale_owner
+
+    def released(self):
+        owner = look(self)
+        self.path.unlink()
+        return owner
+
+    monkeypatch.setattr(RunLock, "_stale_owner", released)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert lock.is_ours()
+
+
+def test_a_process_that_dies_while_it_takes_a_stale_lock_away_leaves_a_folder_that_can_be_taken(tmp_path, monkeypatch):
+    killed_run(tmp_path)
+
+    def dies(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runlock, "read_owner", lambda path: dies(path) if path.suffix == ".tmp" else read_json(path))
+        with pytest.raises(KeyboardInterrupt):
+            RunLock(tmp_path).acquire()
+    assert not (tmp_path / "lock").exists()
+    with tracker(tmp_path, resume=True) as run:
+        assert run.attempt == 2
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_process_that_slept_through_a_takeover_writes_nothing_more(tmp_path):

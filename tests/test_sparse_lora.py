@@ -451,6 +451,35 @@ def test_pefts_own_way_to_merge_goes_through_the_mask_too_and_back_exactly(safe)
     assert models.fingerprint(model) == before
 
 
+@pytest.mark.parametrize("way", ["ours", "peft", "peft, safe"])
+def test_what_merging_keeps_is_moved_to_the_cpu_and_stands_not_beside_the_merged_weights(way, monkeypatch):
+    """On a GPU both would be twice the weights. A CPU tensor is its own copy, so moving is made to be seen here."""
+    put = adapted(model := small_models.build("llama"), random_mask(model), S2S)
+    moved, own = [], torch.Tensor.cpu
+
+    def to_cpu(tensor):
+        moved.append(own(tensor).clone())
+        return moved[-1]
+
+    monkeypatch.setattr(torch.Tensor, "cpu", to_cpu)
+    sparse_lora.merge(put, ROW) if way == "ours" else put.merge_adapter(safe_merge="safe" in way)
+    kept = [layer.kept_base for layer in masked_adapters.layers(put).values()]
+    assert len(kept) == 21 and {id(one) for one in kept} <= {id(one) for one in moved}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_merged_model_takes_the_memory_of_one_model():
+    model = small_models.build("llama").to("cuda")
+    put = adapted(model, random_mask(model), S2S)
+    sparse_lora.merge(put, ROW)  # what the first products take for good
+    sparse_lora.unmerge(put)
+    before = torch.cuda.memory_allocated()
+    assert sparse_lora.merge(put, ROW).ok
+    weights = sum(masked_adapters.base_parameter(one).nbytes for one in masked_adapters.layers(put).values())
+    assert torch.cuda.memory_allocated() - before < weights / 2
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,21 @@ def test_answers_before_tuning_are_given_once_for_both_modes_and_the_dense_ones_
     assert (other["dense"]["came"], other["masked"]["came"]) == ("cached", "measured")
 
 
+def test_runs_of_one_commit_of_a_hub_model_share_answers_and_masks_and_those_of_another_do_not(tmp_path, monkeypatch):
+    """By the commit alone: the weights of a hub model are not read once more to tell them apart."""
+    commit = ["0123abcd"]
+    monkeypatch.setattr(models, "files_fingerprint", lambda name: None)
+    monkeypatch.setattr(models, "hub_commit", lambda name: commit[-1])
+    monkeypatch.setattr(mask_sets.models, "fingerprint", lambda model: pytest.fail("all weights were hashed"))
+    how = {"tuning": "none", "limit": 2}
+    found = [run(tmp_path / "s" / "a", **how), run(tmp_path / "s" / "b", **how, mode="sparse_to_dense")]
+    commit.append("4567ef89")
+    mask_sets.release()
+    found.append(run(tmp_path / "s" / "c", **how))
+    came = [[one[part]["came"] for part in ("dense", "masked", "mask")] for one in found]
+    assert came == [["measured"] * 3, ["cached"] * 3, ["measured"] * 3]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -170,6 +185,12 @@ def test_every_pattern_scope_and_importance_leaves_out_what_was_asked_for(change
     found = run(tmp_path / "s" / "run", tuning="none", limit=2, calibration_rows=4, **changes)
     assert found["all_facts_hold"], found["facts"]
     assert found["tuned"] == found["masked"] and found["merge"] is None
+    (fact,) = (fact for fact in found["facts"] if fact["name"] == "mask_leaves_out_as_many_as_asked")
+    assert fact["values"]["gone"] == fact["values"]["asked"]
+    if found["pattern"] != "structured":
+        gone, numbers = found["mask"]["masked"], found["mask"]["numbers"]
+        assert fact["saw"].startswith(f"{gone:,} of {numbers:,} weights, asked {gone:,}")
+    assert found["scope"] == found["mask"]["scope"]
 
 
 # ------------------------------------------------------------------------------------------------ faults built in

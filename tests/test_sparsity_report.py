@@ -300,6 +300,14 @@ def test_an_alias_says_what_its_own_place_would_have_cut(tmp_path):
     assert [row.sparsity_of for row in found] == ["weights", "MLP channels"] and found[1].alias
 
 
+def test_weights_of_n_of_m_are_compared_within_their_group_whatever_the_plan_calls_a_scope(tmp_path):
+    base = {"model": "tiny-gpt2", "task": "boolq", "limit": 4, "tuning": "none", "device": "cpu"}
+    method = {name: {"pattern": name, "scope": "row"} for name in ("unstructured", "nm")}
+    sweep.run({"kind": "sparsity", "base": base, "axes": {"method": method, "sparsity": [0.5]}}, tmp_path / "s", only=1)
+    found = {row.method: row.scope for row in sparsity_report.rows(tmp_path / "s")}
+    assert found == {"unstructured": "row", "nm": "group"}
+
+
 # Hashes of the data, and what failed ------------------------------------------------------------------------------
 
 

@@ -10,10 +10,11 @@ import fake_jobs
 import pytest
 from fake_jobs import done, plan, process, statuses
 
-from nbhelpers import attempts, retry_rules, sweep
+from nbhelpers import attempts, grid, retry_rules, sweep
 from nbhelpers import ledger as ledgers
 from nbhelpers.ledger import Ledger
 from nbhelpers.records import append_line, read_json, write_json
+from nbhelpers.runlock import utc_now
 from nbhelpers.runs import read_run
 
 FOUR = {"axes": {"a": [1, 2], "b": [0.0, 0.5]}}
@@ -151,6 +152,28 @@ def test_a_job_whose_run_directory_does_not_say_finished_is_no_result(tmp_path, 
     found = sweep.run(plan(), tmp_path / "s")
     assert (found["done"], found["failed_by_class"]["bad input"] + found["failed_by_class"]["error"]) == (0, 1)
     assert sweep.run(plan(), tmp_path / "s")["tried"] == 0
+
+
+@pytest.mark.parametrize("what", ["fine", "oom", "interrupt"])
+def test_a_job_that_another_process_took_over_meanwhile_is_that_one_s_to_record(what, tmp_path):
+    expansion = grid.expand(grid.read_plan(plan(base={"what": what})))
+    ledger = Ledger.create(tmp_path / "s", expansion)
+    (job,) = ledger.jobs.values()
+
+    def sleep(now: dict) -> None:
+        for folder in ("leases/" + job.id, f"runs/{job.id}-1"):
+            for name in ("lock", "heartbeat.json"):
+                owner = {"host": "elsewhere", "pid": 1, "utc": utc_now(), "token": "theirs"}
+                write_json(ledger.folder / folder / name, owner)
+
+    doer = attempts.Doer(expansion, ledger, progress=sleep)
+    if what == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            doer.do(job)
+    else:
+        assert doer.do(job) is None
+    assert [note["event"] for note in ledger.notes()[job.id]] == ["started"]
+    assert ledger.state(job.id).status == "running"
 
 
 # ------------------------------------------------------------------------------------------------ retry rules

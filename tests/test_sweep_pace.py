@@ -58,3 +58,18 @@ def test_a_stop_ends_the_pilots_at_once():
 def test_plans_without_such_jobs_are_refused_by_name():
     with pytest.raises(ValueError, match="calibrate is for a grid of 'sparsity' jobs, got 'pruning'"):
         sweep_pace.measure({"kind": "pruning", "base": {"model": "tiny-gpt2"}, "axes": {"seed": [1]}})
+
+
+@pytest.mark.parametrize(
+    "name, values", [("window", [32, 64]), ("gradient_checkpointing", [False, True]), ("device", [None, "cpu"])]
+)
+def test_what_makes_a_step_cost_more_has_a_pilot_of_its_own(name, values, monkeypatch):
+    asked = []
+
+    def pilot(expansion, config, seconds, should_stop):
+        asked.append((config[name], seconds))
+        return sweep_pace.Pace(1.0, 0.0, 0.0)
+
+    monkeypatch.setattr(sweep_pace, "pilot", pilot)
+    measured = sweep_pace.measure(PLAN | {"axes": {name: values, "seed": [0, 1]}, "aliases": []})
+    assert sorted(asked, key=str) == sorted([(value, 30.0) for value in values], key=str) and len(measured) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nbhelpers import grid, headless, mask_sets, notebook, plots, records, shared_models, sweep, sweep_cell
+from nbhelpers import grid, headless, mask_sets, notebook, plots, records, shared_models, sweep, sweep_cell, workers
 from nbhelpers.ledger import Ledger
 from nbhelpers.runs import read_run
 from nbhelpers.sweep_form import SHARED, SweepConfig, from_plan, texts, unfinished, write_plan
 from nbhelpers.sweep_panel import NEW, THIS, SweepPanel, tiles
+from nbhelpers.sweep_results import SweepResults
 from nbhelpers.tracking import Interrupted
 
 ROOT = Path(__file__).parent.parent
@@ -335,7 +337,13 @@ def test_a_plan_that_no_form_says_is_shown_and_said_how_to_go_on(tmp_path):
     sweep.run({"kind": "sparsity", "base": base, "axes": {"sparsity": [0, 0.5]}}, tmp_path / "mine", only=1)
     made = panel(tmp_path)
     made.choice.value = next(option for option in made.choice.options if option.startswith("mine"))
-    assert "sweep run workers/plan.json" in made.choice_note.value and "1 finished" in made.cover.value
+    assert "1 finished" in made.cover.value
+    assert f"sweep run PLAN, the file that it was begun with, --out {tmp_path}/mine" in made.choice_note.value
+    workers.lay_down(Ledger(tmp_path / "mine").plan, tmp_path / "mine")
+    made._chosen()
+    words = shlex.split(made.choice_note.value.partition("goes on by ")[2].partition("<")[0])
+    assert words[:3] == ["nbhelpers", "sweep", "run"] and Path(words[5]) == tmp_path / "mine"
+    assert sweep.run(words[3], words[5], only=1)["planned"] == 2, "the plan that is named is the one of the folder"
 
 
 def test_a_folder_that_holds_something_else_is_refused_with_a_way_out(tmp_path):
@@ -405,6 +413,24 @@ def test_report_and_masks_are_saved_and_the_archive_holds_them(finished):
     assert {"report/report.html", "plan.yaml", "plan.json"} <= names
     assert sum(name.startswith("report/masks/") for name in names) == 2
     assert not any("predictions" in name for name in names), "answers to rows of users stay here"
+
+
+def test_what_a_mask_file_says_of_itself_leads_to_no_place_outside_the_report(finished, tmp_path, monkeypatch):
+    from nbhelpers import mask_files
+
+    shutil.copytree(finished.seen.folder, tmp_path / "s")
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    load, which = mask_files.load, iter("ab")
+
+    def foreign(path):
+        found = load(path)
+        found.header.update(how={"pattern": "../../../" + next(which)}, importance="/../x")
+        return found
+
+    monkeypatch.setattr(mask_files, "load", foreign)
+    SweepResults(tmp_path / "s").save()
+    masks = set(tmp_path.rglob("*.safetensors")) - before
+    assert len(masks) == 2 and {path.parent for path in masks} == {tmp_path / "s" / "report" / "masks"}
 
 
 # the notebook ---------------------------------------------------------------------------------------------------------

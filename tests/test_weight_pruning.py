@@ -29,6 +29,9 @@ from nbhelpers.weight_pruning import PRESETS, WeightPruningConfig, WeightPruning
 QUICK = {"model": "tiny-gpt2", "window": 32, "evaluation_windows": 4, "batch_size": 2, "sample_tokens": 2}
 QUICK |= {"device": "cpu", "steps": 2, "control": False}
 
+CHANNELS = {"what": "channels"}
+FEW = r"calibration_rows must be at most the \d+ training rows there are, got 1000"
+
 
 @pytest.fixture(autouse=True)
 def nothing_held():
@@ -174,6 +177,7 @@ def test_weights_that_are_not_masked_are_reported(text, tmp_path, monkeypatch):
         ({"what": "channels", "sparsity": 1}, ValueError, "would take every channel"),
         ({"what": "heads"}, ValueError, "weights"),
         ({"importance": "wnada"}, LookupError, "Did you mean 'wanda'"),
+        *(({"importance": "wanda", "calibration_rows": 1000} | what, ValueError, FEW) for what in ({}, CHANNELS)),
         ({"masks": "nowhere.pt"}, LookupError, "'nowhere.pt' does not exist"),
         ({"model": "tiny-gtp2"}, LookupError, "Did you mean 'tiny-gpt2'"),
     ],
@@ -182,6 +186,10 @@ def test_what_cannot_be_run_is_refused_before_a_run_directory_exists(changes, er
     with pytest.raises(error, match=said):
         run(text, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_importance_that_looks_at_no_data_needs_no_rows_to_score_on(text, tmp_path):
+    assert run(text, tmp_path / "run", steps=0, calibration_rows=1000)["all_facts_hold"]
 
 
 def test_the_gain_of_a_removal_is_that_of_a_pencil():

@@ -17,9 +17,10 @@ import pytest
 from fake_jobs import plan
 from typer.testing import CliRunner
 
-from nbhelpers import cli, grid, sweep, workers
+from nbhelpers import cli, grid, runlock, sweep, workers
+from nbhelpers.ledger import Ledger
 from nbhelpers.records import read_json, write_json
-from nbhelpers.runlock import read_owner
+from nbhelpers.runlock import read_owner, utc_now
 from nbhelpers.runs import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,11 +35,13 @@ def with_fake_jobs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{fake_jobs.TESTS}{os.pathsep}{ROOT}")
 
 
-def wait_for(what, seconds: float = 30) -> None:
+def wait_for(what, seconds: float = 120):
+    """What it says as soon as it says something."""
     until = time.monotonic() + seconds
-    while not what():
+    while not (found := what()):
         assert time.monotonic() < until, "it did not come"
         time.sleep(0.02)
+    return found
 
 
 def start(folder: Path) -> subprocess.Popen:
@@ -70,7 +73,7 @@ def test_two_workers_do_every_job_once_with_the_results_of_one(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_worker_that_is_told_to_end_hands_its_job_back_and_another_one_does_it(number, tmp_path):
     log = tmp_path / "log"
-    values = plan(base={"log": str(log), "cost": 1.0}, axes={"a": [1, 2]})
+    values = plan(base={"log": str(log), "cost": 3.0}, axes={"a": [1, 2]})
     workers.lay_down(values, tmp_path / "s")
     worker = start(tmp_path / "s")
     wait_for(lambda: begun(tmp_path / "s", log))
@@ -122,12 +125,12 @@ def test_a_sweep_killed_at_three_random_moments_takes_its_workers_along_and_the_
     values = plan(base={"log": str(tmp_path / "log"), "cost": 0.4}, axes={"a": list(range(24))})
     for _ in range(3):
         before, driver = len(fake_jobs.statuses(folder)), sweep_run(folder, values)
-        wait_for(lambda before=before: len(fake_jobs.statuses(folder)) > before, 120)
+        wait_for(lambda before=before: len(fake_jobs.statuses(folder)) > before)
         time.sleep(generator.random())
         below = psutil.Process(driver.pid).children()
         driver.kill()
         driver.wait()
-        wait_for(lambda below=below: not any(alive(one) for one in below), 120)
+        wait_for(lambda below=below: not any(alive(one) for one in below))
         assert not holders(folder), "leases were given back"
     assert sweep_run(folder, values).wait(timeout=240) == 0
     assert is_whole(folder, 24) and "interrupted" in fake_jobs.statuses(folder)
@@ -138,10 +141,9 @@ def test_workers_killed_at_three_random_moments_are_replaced_and_every_result_is
     folder, generator, killed = tmp_path / "s", random.Random(3), set()
     driver = sweep_run(folder, plan(base={"log": str(tmp_path / "log"), "cost": 0.4}, axes={"a": list(range(12))}))
     for _ in range(3):
-        wait_for(lambda: holders(folder) - killed, 120)
+        wait_for(lambda: holders(folder) - killed)
         time.sleep(generator.random() * 0.3)
-        wait_for(lambda: holders(folder) - killed, 120)  # between two jobs nobody holds one
-        killed.add(pid := min(holders(folder) - killed))
+        killed.add(pid := min(wait_for(lambda: holders(folder) - killed)))  # between two jobs nobody holds one
         os.kill(pid, signal.SIGKILL)
     assert driver.wait(timeout=240) == 0
     assert is_whole(folder, 12) and len(fake_jobs.statuses(folder)) > 12
@@ -185,6 +187,75 @@ def test_workers_that_all_die_are_started_again_and_one_that_never_lives_is_no_u
     monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import sys; sys.exit(2)"))
     with pytest.raises(RuntimeError, match=r"1 of 1 jobs are missing and workers ended with \[2, 2\]"):
         workers.run(plan(), tmp_path / "t", 2, budget="10h")
+
+
+def far(folder: Path, name: str = "lock") -> None:
+    """A process of another host, of whose death nothing is known, has the last job."""
+    job = list(Ledger(folder).jobs)[-1]
+    (folder / "leases" / job).mkdir(parents=True, exist_ok=True)
+    write_json(folder / "leases" / job / name, {"host": "far", "pid": 1, "utc": utc_now(), "token": "theirs"})
+
+
+def test_a_job_whose_worker_died_on_another_host_is_done_before_the_last_worker_ends(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(runlock, "STALE_SECONDS", 1.0)
+    values = plan(axes={"a": [1, 2]})
+    workers.lay_down(values, tmp_path / "s")
+    far(tmp_path / "s")
+    found = workers.work(values, tmp_path / "s")
+    assert (found["done"], found["running"], found["tried"], found["ended"]) == (2, 0, 2, "done")
+    assert caplog.text.count("jobs that run on another host: 1; waiting for a sign that it lives") == 1
+
+
+def test_a_job_of_a_living_worker_on_another_host_is_not_waited_for(tmp_path):
+    values, asked = plan(axes={"a": [1, 2]}), []
+    workers.lay_down(values, tmp_path / "s")
+    far(tmp_path / "s")
+
+    def beat() -> bool:
+        far(tmp_path / "s", "heartbeat.json")
+        asked.append(True)
+        return False
+
+    found = sweep.run(values, tmp_path / "s", should_stop=beat)
+    assert (found["done"], found["running"], found["ended"]) == (1, 1, "done")
+    assert len(asked) < 10, "not until its lease would be stale"
+
+
+def test_a_stop_is_heard_and_a_budget_kept_while_a_job_of_another_host_is_waited_for(tmp_path):
+    log = tmp_path / "log"
+    values = plan(base={"log": str(log), "cost": 0.0}, axes={"a": [1, 2]})
+    workers.lay_down(values, tmp_path / "s")
+    far(tmp_path / "s")
+    found = workers.work(values, tmp_path / "s", should_stop=lambda: len(fake_jobs.done(log)) == 1)
+    assert (found["done"], found["running"], found["ended"]) == (1, 1, "stopped")
+    far(tmp_path / "s")
+    found = workers.work(values, tmp_path / "s", budget=0.1)
+    assert (found["running"], found["tried"]) == (1, 0)
+
+
+def test_a_worker_whose_budget_is_used_up_makes_no_further_pass(tmp_path, monkeypatch):
+    workers.lay_down(plan(), tmp_path / "s")
+    passes = []
+
+    def one_pass(*given) -> dict:
+        passes.append(given)
+        time.sleep(0.02)
+        return {"ended": "done", "missing": 1, "tried": 1}
+
+    monkeypatch.setattr(sweep, "run", one_pass)
+    assert workers.work(plan(), tmp_path / "s", budget=0.01)["ended"] == "budget"
+    assert len(passes) == 1
+
+
+def test_workers_that_end_with_1_are_believed_only_where_jobs_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import sys; sys.exit(1)"))
+    with pytest.raises(RuntimeError, match=r"1 of 1 jobs are missing and workers ended with \[1, 1\]"):
+        workers.run(plan(), tmp_path / "s", 2)
+    sweep.run(plan(axes={"what": ["bug"]}), tmp_path / "t")
+    more = plan(axes={"what": ["bug", "fine"]})
+    with pytest.raises(RuntimeError, match=r"1 of 2 jobs are missing and workers ended with \[1\]"):
+        workers.run(more, tmp_path / "t", 1)  # it failed before they began
+    assert workers.run(more, tmp_path / "t", 1, budget="1h")["ended"] == "budget"
 
 
 def test_a_probe_is_laid_down_once_and_says_where(tmp_path):
