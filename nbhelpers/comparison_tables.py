@@ -62,6 +62,7 @@ ENVIRONMENT = {
     "cpu.name": "processor",
     "cpu.cores": "cores",
     "cpu.logical_cores": "threads of the cores",
+    "cpu.threads": "threads that compute",
     "cpu.ram_bytes": "memory",
     "device.type": "computed on",
     "device.name": "name of the device",

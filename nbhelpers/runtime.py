@@ -299,7 +299,10 @@ def device_name(device: str) -> str:
 
 
 def _cpu() -> dict[str, Any]:
+    """Threads: those that torch computes with, on which the last digits of sums depend; None before it is imported."""
     facts: dict[str, Any] = {"name": _cpu_name(), "logical_cores": os.cpu_count(), "cores": None, "ram_bytes": None}
+    torch = sys.modules.get("torch")
+    facts["threads"] = None if torch is None else torch.get_num_threads()
     if importlib.util.find_spec("psutil") is not None:
         import psutil
 

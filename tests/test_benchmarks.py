@@ -563,6 +563,6 @@ def test_what_scoring_takes_is_measured_of_every_score_and_said_with_its_promise
     promised = importance.target("peak memory of scoring a 7B shape in GB", "<=", 24, 22.5)
     here = {"processor": "x86", "device": "CPU", "threads": 2, "torch": "2"}
     text = importance.markdown({"measured": found, "machine": here, "layers": 2, "targets": [promised]})
-    assert text.endswith("- GB, peak memory of scoring a 7B shape: at most 24 was promised, 22.5 measured: met.\n")
+    assert text.endswith("- peak memory of scoring a 7B shape in GB: at most 24 was promised, 22.5 measured: met.\n")
     huge = importance.LLAMA_2_7B | {"num_hidden_layers": 10_000}
     assert importance.no_room(huge).startswith("it wants about 4057 GB")

@@ -105,6 +105,7 @@ def fake_torch(*, capability=None, hip=None, mps=False, initialized=False):
         ),
         backends=types.SimpleNamespace(mps=types.SimpleNamespace(is_available=lambda: mps)),
         mps=types.SimpleNamespace(recommended_max_memory=lambda: 12 * 10**9),
+        get_num_threads=lambda: 2,
     )
 
 
@@ -306,9 +307,16 @@ def test_the_environment_is_recorded_without_importing_torch():
     assert record["where"] == "script"
     assert record["python"] == ".".join(map(str, sys.version_info[:3]))
     assert record["cpu"]["name"]
-    assert record["cpu"]["logical_cores"] == os.cpu_count()
+    assert record["cpu"]["logical_cores"] == os.cpu_count() and record["cpu"]["threads"] is None
     assert record["cpu"]["ram_bytes"] > 10**8
     assert {"host", "platform", "libs", "git"} <= record.keys()
+
+
+def test_the_threads_that_compute_are_recorded_as_sums_depend_on_them(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert runtime.environment()["cpu"]["threads"] == 7
 
 
 def test_probing_imports_torch_and_names_the_device():
