@@ -28,9 +28,9 @@ def compare_run() -> Callable:
             for name, found in licences(made).items():
                 typer.echo(f"{name}: licence {found['licence']}, {GATES[found['gated']]}", err=True)
             if clear_cache:
-                from nbhelpers import comparison_answers
+                from nbhelpers import kept_answers
 
-                comparison_answers.clear(Path("runs") if out is None else out.parent)
+                kept_answers.clear(Path("runs") if out is None else out.parent)
             result = Comparison.run(made, run_dir=out, resume=resume, progress=Told())
             write_report(result)
             if not result["all_facts_hold"]:
@@ -154,9 +154,9 @@ def compare_clear_cache() -> Callable:
         json: Json = False,
     ) -> None:
         def work() -> dict:
-            from nbhelpers import comparison_answers
+            from nbhelpers import kept_answers
 
-            return {"deleted": comparison_answers.clear(root, older_than)}
+            return {"deleted": kept_answers.clear(root, older_than)}
 
         carry_out(work, lambda found: f"deleted kept answers of {found['deleted']} model states under {root}", json)
 

@@ -93,9 +93,9 @@ def masks_create() -> Callable:
 
 def _made_of(model: str) -> dict[str, str]:
     """What a header says of the model's files, so that masks fit them in any number format; nothing where not known."""
-    from nbhelpers import mask_sets, records
+    from nbhelpers import models, records
 
-    files = mask_sets.model_files(model)
+    files = models.revision(model)
     return {"model_files": records.sha256_json(files)} if files else {}
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from nbhelpers import (
     adapters,
-    answer_cache,
     baselines,
     break_even,
     budget,
@@ -24,6 +23,7 @@ from nbhelpers import (
     comparison_pace,
     comparison_results,
     estimates,
+    kept_answers,
     memory,
     merging,
     model_card,
@@ -90,9 +90,6 @@ class Comparison:
             )
             made._carry_out()
             result = comparison_results.result(on, made.answers, made.phases, made.curve, made.chosen)
-            if result["break_even"] is not None:
-                chose = min(len(on.validation), comparison_answers.VALIDATION_ROWS)
-                result["break_even"] = break_even.with_uncounted(result["break_even"], chose, len(on.shots))
             result["run_dir"] = str(tracker.run_dir)
             result["licences"] = comparison_data.licences(config)
             made._merge_the_best(result)
@@ -330,7 +327,7 @@ class Comparison:
         asked = self.config.model_dump(exclude={"name", "cache", "cache_days", "keep_text"})
         device = runtime.device_name(self.config.device or runtime.device())
         key = records.sha256_json(records.plain([asked, self.on.data.sha256, self.on.data.labels, device]))
-        return self.tracker.run_dir.parent / answer_cache.FOLDER / f"{comparison_answers.PREFIX}budget-{key}.json"
+        return kept_answers.folder(self.tracker.run_dir) / f"{kept_answers.PREFIX}budget-{key}.json"
 
     # who is told --------------------------------------------------------------------------------------------------
 

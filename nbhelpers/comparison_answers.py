@@ -1,31 +1,28 @@
 """What does one model of a comparison answer, before or after tuning? Asked, or taken from before without any weights.
 
-Answers are kept beside the runs, `.predictions/coding-<sha256 of their identity>/`: a JSON file, and the label scores
-as safetensors. The identity is known before weights are read; a tuned model's holds its training. Measures are computed
-anew from the answers.
+Answers are kept (kept_answers.py) by an identity that is known before weights are read; a tuned model's holds its
+training. Measures are computed anew from the answers.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nbhelpers import answer_cache, facts, label_answers, memory, models, records, runtime, training
+from nbhelpers import answer_cache, facts, kept_answers, label_answers, memory, models, records, runtime, training
 from nbhelpers.comparison_config import ComparisonConfig, ModelInstanceConfig
 from nbhelpers.dialogues import Dialogue
+from nbhelpers.kept_answers import Answers
 from nbhelpers.prompts import Prompts
 from nbhelpers.tracking import ExperimentTracker, Interrupted
 
 FORMAT = 2  # of the code that makes these answers
-PREFIX = "coding-"  # of the folders of kept answers
 PARTIAL = "predictions.partial.jsonl"  # archives leave predictions out
 TRAINING = "training.json"  # of a tuning that is finished
 UNCHECKED = "predictions.unchecked.safetensors"  # logits of a tuned model until what was saved is compared with them
@@ -33,7 +30,6 @@ OWN = "answers.sha256"  # names the kept answers that this run has asked for its
 VALIDATION_ROWS = 64  # dialogues that choose the best state of a tuning
 CHECKED_ROWS = 64  # training rows of which is checked that they are asked as they are taught
 WARM_UP = 4  # dialogues that are asked before the clock starts, whose answers are dropped
-DAY = 86_400
 
 
 @dataclass(frozen=True)
@@ -59,20 +55,10 @@ class Asking:
     latency: int = 0  # requests that are timed one at a time
 
 
-@dataclass
-class Answers:
-    """Lines by part (see `label_answers`), the labels' log-probabilities by part (rows, labels), and what it took."""
-
-    lines: dict[str, list[dict[str, Any]]]
-    scores: dict[str, np.ndarray | None]
-    about: dict[str, Any] = field(default_factory=dict)
-    came: str = "measured"
-
-
 def identity(asking: Asking, config: ComparisonConfig) -> dict[str, Any] | None:
     """Everything that decides the answers; None where a hub model's revision is not known."""
     name, device = asking.model.name, config.device or runtime.device()
-    files = models.files_fingerprint(name) or models.hub_commit(name)
+    files = models.revision(name)
     if files is None:
         return None
     tuning = asking.tuning
@@ -115,10 +101,12 @@ def obtain(
     What an earlier attempt of this run has asked serves however old it is, also where answers of other runs do not.
     """
     known = identity(asking, config)
-    place = None if known is None else _folder(tracker.run_dir) / f"{PREFIX}{records.sha256_json(known)}"
+    kept = kept_answers.folder(tracker.run_dir)
+    place = None if known is None else kept / f"{kept_answers.PREFIX}{records.sha256_json(known)}"
     mark = tracker.run_dir / "models" / asking.key / OWN
     own = place is not None and mark.is_file() and mark.read_text() == place.name
-    found = read(place, None if own else config.cache_days) if place is not None and (config.cache or own) else None
+    serves = place is not None and (config.cache or own)
+    found = kept_answers.read(place, None if own else config.cache_days) if serves else None
     if found is not None and (gone := _lost_model(asking, found)):
         tracker.event(
             "answers", key=asking.key, came="asked again", why=f"the tuned model {gone!r} is not there any more"
@@ -127,7 +115,7 @@ def obtain(
     if found is None:
         found = _ask(asking, config, tracker, tell, should_stop)
         if place is not None and all(fact["ok"] for fact in found.about["facts"]):
-            write(place, found)
+            kept_answers.write(place, found)
             mark.parent.mkdir(parents=True, exist_ok=True)
             records.write_atomic(mark, place.name)
     other = _other_latency(asking, found)
@@ -152,65 +140,6 @@ def _lost_model(asking: Asking, found: Answers) -> str | None:
     """The folder of the tuned model that these answers are of, where it is gone: whoever tunes wants the model too."""
     folder = found.about["model_dir"] if asking.tuning is not None and asking.tuning.keep else None
     return None if folder is None or Path(folder).is_dir() else folder
-
-
-# Kept answers ---------------------------------------------------------------------------------------------------------
-
-
-def _folder(run_dir: Path) -> Path:
-    return run_dir.parent / answer_cache.FOLDER
-
-
-def read(place: Path, oldest_days: float | None = None) -> Answers | None:
-    """Answers kept at `place`, or None where there are none, or they are torn or too old."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        kept = records.read_json(place / "answers.json")
-        scores = load_file(place / "scores.safetensors")
-        lines = {part: [records.restore(line) for line in lines] for part, lines in kept["lines"].items()}
-        made = float(kept["made"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return None
-    if oldest_days is not None and time.time() - made > oldest_days * DAY:
-        return None
-    return Answers(lines, {part: scores.get(part) for part in lines}, kept["about"], came="cached")
-
-
-def write(place: Path, answers: Answers) -> None:
-    """Keep answers, whole or not at all; what lay there before goes."""
-    from safetensors.numpy import save
-
-    beside = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    scores = {part: found for part, found in answers.scores.items() if found is not None}
-    records.write_atomic(beside / "scores.safetensors", save(scores))
-    records.write_json(
-        beside / "answers.json",
-        records.plain({"made": time.time(), "lines": answers.lines, "about": answers.about}),
-    )
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        beside.replace(place)
-    except OSError:
-        if read(place) is None:  # else another run has just written the same
-            raise
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def clear(root: Path, older_than_days: float | None = None) -> int:
-    """Delete kept answers of comparisons under `root`, also of a write that was killed; how many there were."""
-    gone, folder = 0, root / answer_cache.FOLDER
-    for place in sorted([*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*")]):
-        if older_than_days is None or time.time() - place.stat().st_mtime > older_than_days * DAY:
-            shutil.rmtree(place) if place.is_dir() else place.unlink()
-            gone += 1
-    return gone
-
-
-# Asked now ------------------------------------------------------------------------------------------------------------
 
 
 def _ask(asking: Asking, config: ComparisonConfig, tracker: ExperimentTracker, tell, should_stop) -> Answers:

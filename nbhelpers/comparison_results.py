@@ -19,8 +19,9 @@ from nbhelpers import (
     runtime,
     verdicts,
 )
-from nbhelpers.comparison_answers import Answers
+from nbhelpers.comparison_answers import VALIDATION_ROWS
 from nbhelpers.comparison_data import ComparisonData
+from nbhelpers.kept_answers import Answers
 
 NOTICE = (
     "Research software. Nothing here is for diagnosis or treatment: codes and labels come from models, and are wrong "
@@ -196,6 +197,7 @@ def _break_even(
         return None
     line = verdicts.best(large)
     found = break_even.curve(curve["points"], large[line], seed=on.config.seed)
+    found = break_even.with_uncounted(found, min(len(on.validation), VALIDATION_ROWS), len(on.shots))
     return {"model": curve["model"], "small": curve["key"], "large_key": line} | found
 
 

@@ -59,6 +59,7 @@ class Ledger:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._held: dict[str, RunLock] = {}  # of this process's leases, by job
         self._take(_read_plan(self.folder))
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -206,7 +207,7 @@ class Ledger:
         except ValueError:
             yield False
             return
-        stop = threading.Event()
+        stop, self._held[job] = threading.Event(), lock
         thread = threading.Thread(target=_beat, args=(lock, stop), name="nbhelpers-lease", daemon=True)
         try:
             thread.start()
@@ -214,14 +215,14 @@ class Ledger:
         finally:
             stop.set()
             thread.join(timeout=BEAT_SECONDS)
+            del self._held[job]
             if lock.is_ours():  # else both are of the process that took it over
                 (folder / "heartbeat.json").unlink(missing_ok=True)
             lock.release()
 
     def holds(self, job: str) -> bool:
         """Whether this process has the lease of a job: not after a sleep through which another one took it over."""
-        owner, me = read_owner(self.folder / "leases" / job / "lock"), this_process()
-        return all(owner.get(name) == me[name] for name in ("host", "pid", "process_start"))
+        return job in self._held and self._held[job].is_ours()
 
     def next_run_dir(self, job: str, resumes: bool = False) -> tuple[int, Path, bool]:
         """(number, run directory, whether it is gone on in) of the next try; results of earlier ones stay.

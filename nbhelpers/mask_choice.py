@@ -106,7 +106,7 @@ def choose(
         sparsity,
         rows,
         folder=folder,
-        model_files=mask_sets.model_files(config.model),
+        model_files=models.revision(config.model),
         should_stop=should_stop,
     )
     record = found.record() | {"importance": config.importance} | coverage(model, found.alone)

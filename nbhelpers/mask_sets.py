@@ -258,7 +258,7 @@ def load_for(path: Path, name: str, model: nn.Module, *, any_weights: bool = Fal
     """Masks out of a file for the model of this name, just loaded. ValueError where they were made for other weights:
     by the model's files where both are known, so that its number format does not matter, or by its weights."""
     found = mask_files.load(path, model, same_weights=False)
-    wanted, here = found.header.get("model_files"), model_files(name)
+    wanted, here = found.header.get("model_files"), models.revision(name)
     if any_weights or (None not in (wanted, here) and records.sha256_json(here) == wanted):
         return found
     weights = found.header["model_fingerprint"]
@@ -269,12 +269,6 @@ def load_for(path: Path, name: str, model: nn.Module, *, any_weights: bool = Fal
         f"mask file '{path}' is for a model with other {other} than {name!r}: name the model that it was made of "
         f"({found.header.get('model')!r}), or mask this one all the same with nbhelpers masks apply --any-weights"
     )
-
-
-def model_files(name: str) -> dict[str, str] | str | None:
-    """What tells the weights of this model from others where it was just loaded, without reading them: sha256 of its
-    files, or of a hub id its commit."""
-    return models.files_fingerprint(name) or models.hub_commit(name)
 
 
 def _columns(wanted: Wanted, model: nn.Module) -> dict[str, bool]:

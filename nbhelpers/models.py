@@ -404,6 +404,12 @@ def hub_commit(name: str) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
+def revision(name: str) -> dict[str, str] | str | None:
+    """What tells a model's weights from others without reading them: sha256 of its files, or of a hub id its commit;
+    None for one of the hub that is not in the cache yet."""
+    return files_fingerprint(name) or hub_commit(name)
+
+
 def tokenizer_fingerprint(tokenizer) -> str:
     """sha256 over the whole fast tokenizer (vocabulary, merges, special tokens, post-processing).
 

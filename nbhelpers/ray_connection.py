@@ -14,6 +14,7 @@ from typing import Any
 STARTS = 3  # of Ray itself: it gives up after a time that cannot be set, which a busy machine needs for its helpers
 CLIENT_STARTS = 4  # of a cluster's server for this client: one in fourteen dies as it is forked (ray issue 63202)
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through it; Ray takes no less than 75 MiB
+QUIET = {"log_to_driver": False, "logging_level": "error"}
 log = logging.getLogger(__name__)
 
 
@@ -52,23 +53,31 @@ def connected(ray: Any, count: int, address: str | None) -> Iterator[str | None]
 
 
 def _connect(ray: Any, count: int, address: str | None) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if address is not None:
-        for left in reversed(range(CLIENT_STARTS)):
-            try:
-                ray.init(address=address, **quiet)
-                return
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                said = " ".join(str(error).split())
-                if not left or not isinstance(error, ConnectionAbortedError):
-                    raise ValueError(f"no Ray takes us in at address {address!r}: {said}{_advice()}") from error
-                log.warning("the cluster's server for Ray's client did not start: once more")
-                ray.shutdown()
+    if address is None:
+        _start(ray, count)
+    else:
+        _join(ray, address)
+
+
+def _join(ray: Any, address: str) -> None:
+    for left in reversed(range(CLIENT_STARTS)):
+        try:
+            ray.init(address=address, **QUIET)
+            return
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            if not left or not isinstance(error, ConnectionAbortedError):
+                raise ValueError(f"no Ray takes us in at address {address!r}: {said}{_advice()}") from error
+            log.warning("the cluster's server for Ray's client did not start: once more")
+            ray.shutdown()
+
+
+def _start(ray: Any, count: int) -> None:
     cores = max(count, os.cpu_count() or 1)
     own = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": cores}
     for left in reversed(range(STARTS)):
         try:
-            ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **own, **quiet)
+            ray.init(address="local", object_store_memory=OBJECT_STORE_BYTES, **own, **QUIET)
             return
         except Exception as error:  # Ray has no other type for a part of it that took longer than its 15 s
             started = _below()

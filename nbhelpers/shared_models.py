@@ -23,7 +23,7 @@ _held: dict[str, Any] = {}  # "key", "loaded", "kept": the one model that is hel
 
 def _key(name: str, device: str | None, dtype: str) -> tuple:
     """Which weights these are: a folder's files, or a hub model's commit, which is known once it was loaded."""
-    return name, str(models.files_fingerprint(name) or models.hub_commit(name)), device, dtype
+    return name, str(models.revision(name)), device, dtype
 
 
 @contextmanager

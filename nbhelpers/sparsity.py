@@ -210,7 +210,7 @@ class SparsityExperiment(StagedExperiment):
     def _identity(self) -> dict[str, Any]:
         config = self.config
         found = answer_cache.identity(config.model, self.rows, self.asked, device=config.device, dtype=config.dtype)
-        return found | {"model": mask_sets.model_files(config.model)}  # the model is loaded: a hub id's commit is known
+        return found | {"model": models.revision(config.model)}  # the model is loaded: a hub id's commit is known
 
     def _before_tuning(self, model, identity: Mapping[str, Any], chosen) -> dict[str, Any]:
         """Measures of the model as it is now; its answers may come from another run of the same weights and mask."""
@@ -263,7 +263,7 @@ class SparsityExperiment(StagedExperiment):
                 mask_sets.Wanted.of(config),
                 config.sparsity,
                 sample_rows(self.train, config.calibration_rows, config.seed),
-                model_files=mask_sets.model_files(config.model),
+                model_files=models.revision(config.model),
                 folder=self.tracker.run_dir.parent / mask_sets.FOLDER,
                 others=self.sparsities,
                 should_stop=self.should_stop,

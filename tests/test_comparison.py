@@ -19,6 +19,7 @@ from nbhelpers import (
     comparison_said,
     generated,
     generated_dialogues,
+    kept_answers,
     merging,
     model_card,
     models,
@@ -290,18 +291,18 @@ def test_another_training_is_not_answered_from_before(done, dialogues_file, chan
 def test_answers_that_are_too_old_or_torn_do_not_serve(done, tmp_path):
     _, _, root, _ = done
     place = sorted((root / ".predictions").glob("coding-*"))[0]
-    assert comparison_answers.read(place) is not None
-    assert comparison_answers.read(place, oldest_days=1e-9) is None
+    assert kept_answers.read(place) is not None
+    assert kept_answers.read(place, oldest_days=1e-9) is None
     copy = tmp_path / place.name
     copy.mkdir()
     for file in place.iterdir():
         (copy / file.name).write_bytes(file.read_bytes()[:-20])
-    assert comparison_answers.read(copy) is None
+    assert kept_answers.read(copy) is None
 
 
 def test_answers_of_a_tuned_model_that_is_gone_do_not_serve(done, tmp_path):
     root = done[2]
-    kept = [comparison_answers.read(place) for place in sorted((root / ".predictions").glob("coding-*"))]
+    kept = [kept_answers.read(place) for place in sorted((root / ".predictions").glob("coding-*"))]
     (tuned,) = [one for one in kept if one.about["model_dir"]]
     tuning = comparison_answers.Tuning((), (), None)
     asking = comparison_answers.Asking("k", None, None, {}, (), tuning)
@@ -313,8 +314,8 @@ def test_answers_of_a_tuned_model_that_is_gone_do_not_serve(done, tmp_path):
 def test_clearing_deletes_kept_answers_and_nothing_else(tmp_path):
     (tmp_path / ".predictions" / "coding-1").mkdir(parents=True)
     (tmp_path / ".predictions" / "other.json").write_text("{}")
-    assert comparison_answers.clear(tmp_path, older_than_days=1) == 0
-    assert comparison_answers.clear(tmp_path) == 1
+    assert kept_answers.clear(tmp_path, older_than_days=1) == 0
+    assert kept_answers.clear(tmp_path) == 1
     assert [path.name for path in (tmp_path / ".predictions").iterdir()] == ["other.json"]
 
 

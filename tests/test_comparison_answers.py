@@ -13,6 +13,7 @@ from nbhelpers import (
     comparison_answers,
     comparison_results,
     facts,
+    kept_answers,
     label_answers,
     models,
     records,
@@ -223,19 +224,19 @@ def test_a_run_that_goes_on_asks_no_finished_state_again_and_another_run_does(
 def test_two_runs_that_finish_the_same_state_together_both_go_on(tmp_path, monkeypatch):
     place, honest = tmp_path / "coding-1", shutil.rmtree
     answers = Answers({"test": []}, {"test": None}, {"one": 1})
-    comparison_answers.write(place, answers)
+    kept_answers.write(place, answers)
 
     def rmtree(path, **options):
         if path != place:  # else the other run has put its own there since
             honest(path, **options)
 
     monkeypatch.setattr(comparison_answers.shutil, "rmtree", rmtree)
-    comparison_answers.write(place, answers)
-    assert comparison_answers.read(place).about == {"one": 1}
+    kept_answers.write(place, answers)
+    assert kept_answers.read(place).about == {"one": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["coding-1"]
     (place / "answers.json").write_text("{")
     with pytest.raises(OSError, match="not empty"):
-        comparison_answers.write(place, answers)
+        kept_answers.write(place, answers)
 
 
 def test_clearing_deletes_what_a_killed_write_has_left_too(tmp_path, monkeypatch):
@@ -245,9 +246,9 @@ def test_clearing_deletes_what_a_killed_write_has_left_too(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(comparison_answers.Path, "replace", killed)
         with pytest.raises(Stopped):
-            comparison_answers.write(tmp_path / ".predictions" / "coding-1", Answers({}, {}, {}))
-    assert comparison_answers.clear(tmp_path, older_than_days=1) == 0
-    assert comparison_answers.clear(tmp_path) == 1
+            kept_answers.write(tmp_path / ".predictions" / "coding-1", Answers({}, {}, {}))
+    assert kept_answers.clear(tmp_path, older_than_days=1) == 0
+    assert kept_answers.clear(tmp_path) == 1
     assert not list((tmp_path / ".predictions").iterdir())
 
 
@@ -268,7 +269,7 @@ def test_kept_answers_say_where_their_latency_is_of_another_number_of_requests(
     config, tracker, heard = config.model_copy(update={"cache": True}), Tracker(tmp_path), []
     place = tmp_path / ".predictions" / f"coding-{comparison_answers.records.sha256_json({'one': 1})}"
     about = {"performance": {"kinds": {}, "latency": timed} if timed else {"kinds": {}}, "model_dir": None}
-    comparison_answers.write(place, Answers({"test": []}, {"test": None}, about))
+    kept_answers.write(place, Answers({"test": []}, {"test": None}, about))
     found = comparison_answers.obtain(asking(config, None, latency=asked), config, tracker, heard.append)
     assert found.came == "cached" and found.about == about, "the entry stays as it was"
     assert tracker.events[-1].get("latency") == says

@@ -35,9 +35,9 @@ LEVELS = {
     "retry_rules sweep sweep_pace workers ray_engine ray_connection sparsity pruning_grid weight_pruning "
     "external_results comparison comparison_config comparison_data comparison_answers comparison_pace "
     "comparison_results model_card migration interviews",
-    3: "heads facts training trainer answer_cache evaluation optimization preparation checkpoints sparse_lora "
-    "masked_adapters merging mask_sets calibration mask_choice masked_training cerebras label_answers baselines "
-    "analysis selection journal pretrain pretrain_measure lmeval",
+    3: "heads facts training trainer answer_cache kept_answers evaluation optimization preparation checkpoints "
+    "sparse_lora masked_adapters merging mask_sets calibration mask_choice masked_training cerebras label_answers "
+    "baselines analysis selection journal pretrain pretrain_measure lmeval",
     2: "evaluate scoring generation tasks answers importance sparsegpt layer_inputs masks mask_files mask_statistics "
     "mask_patterns mask_selection shared_models channels dialogues label_split prompts coding_metrics verdicts "
     "break_even routing costs ensemble budget",
